@@ -1,0 +1,1 @@
+"""Generic training code: knows nothing about wav2vec 2.0."""

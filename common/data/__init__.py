@@ -1,0 +1,1 @@
+"""From file lists to batches on the device."""
