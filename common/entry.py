@@ -1,0 +1,32 @@
+"""How every program ends: one line for what a user can mend, a traceback for everything else."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from common.errors import UserError
+
+
+def run_program(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> NoReturn:
+    """Run a program and exit: 2 for wrong usage, 1 for data and run-time errors, 130 after Ctrl-C.
+
+    With --debug among the arguments errors keep their traceback.
+    """
+    status: int = 0
+    try:
+        main(argv)
+    except UserError as error:
+        if "--debug" in argv:
+            raise
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        status = error.exit_status
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)  # noqa: T201
+        status = 130
+    except BrokenPipeError:  # the reader of the output has gone, e.g. `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)

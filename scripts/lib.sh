@@ -1,0 +1,247 @@
+#!/usr/bin/env bash
+# Functions that the scripts share: messages, choice of Python, sub-batches per update, the final command.
+# SPDX-License-Identifier: Apache-2.0
+#
+# Sourced, never run. Everything here runs under bash 3.2 with the tools of a bare Linux or macOS.
+set -euo pipefail
+
+ROOT=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+
+note() { printf '%s\n' "$*" >&2; }
+
+# usage_error MESSAGE...: every argument is a line; exit status 2 is a mistake of usage
+usage_error() {
+    printf 'error: %s\n' "$1" >&2
+    shift
+    if [ "$#" -gt 0 ]; then printf '%s\n' "$@" >&2; fi
+    exit 2
+}
+
+# is_true NAME: whether the variable NAME is switched on; unset and empty are off
+is_true() {
+    case "${!1:-}" in
+        true | True | TRUE | yes | 1) return 0 ;;
+        false | False | FALSE | no | 0 | '') return 1 ;;
+        *) usage_error "$1=${!1}: must be true or false" ;;
+    esac
+}
+
+# precision: the working precision in a word
+precision() {
+    if is_true FP16; then
+        printf 'fp16\n'
+    elif is_true BF16; then
+        printf 'bf16\n'
+    else
+        printf 'fp32\n'
+    fi
+}
+
+# require_count NAME...: every variable NAME holds an integer of 1 or more
+require_count() {
+    local name
+    for name in "$@"; do
+        case "${!name:-}" in
+            '' | 0* | *[!0-9]*) usage_error "$name=${!name:-}: must be an integer of 1 or more" ;;
+        esac
+    done
+}
+
+# ------------------------------------------------------------------------------------------------- Python
+
+# environment_folder: where this toolkit makes its own environment
+environment_folder() { printf '%s\n' "${VENV_DIR:-$ROOT/.venv}"; }
+
+# find_python: the interpreter that recipes run with: PYTHON, else the active environment, else .venv, else python3
+find_python() {
+    if [ -n "${PYTHON:-}" ]; then
+        printf '%s\n' "$PYTHON"
+    elif [ -n "${VIRTUAL_ENV:-}" ] && [ -x "$VIRTUAL_ENV/bin/python" ]; then
+        printf '%s\n' "$VIRTUAL_ENV/bin/python"
+    elif [ -n "${CONDA_PREFIX:-}" ] && [ -x "$CONDA_PREFIX/bin/python" ]; then
+        printf '%s\n' "$CONDA_PREFIX/bin/python"
+    elif [ -x "$(environment_folder)/bin/python" ]; then
+        printf '%s\n' "$(environment_folder)/bin/python"
+    elif ! command -v python3 >/dev/null 2>&1 && command -v python >/dev/null 2>&1; then
+        printf '%s\n' python
+    else
+        printf '%s\n' python3
+    fi
+}
+
+# set_up_environment [--dev]: install what is missing and let PYTHON be the interpreter that has it
+set_up_environment() {
+    PYTHON=$(bash "$ROOT/scripts/setup_env.sh" "$@") || exit "$?"
+    export PYTHON
+}
+
+# ---------------------------------------------------------------------------------- processes and sub-batches
+
+# count_cuda_devices PYTHON: visible CUDA devices as torch sees them, or as nvidia-smi does where torch is absent
+count_cuda_devices() {
+    local count listed visible
+    # importing torch takes seconds: not on a machine without any driver
+    if ! command -v nvidia-smi >/dev/null 2>&1 && [ ! -e /dev/nvidiactl ]; then
+        printf '0\n'
+        return
+    fi
+    if count=$("$1" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null); then
+        printf '%s\n' "$count"
+        return
+    fi
+    listed=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ' || true)
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        # CUDA ignores what follows the first negative number
+        visible=$(printf '%s\n' "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | awk '/^ *-/ { exit } NF { n++ } END { print n + 0 }')
+        if [ "$visible" -lt "$listed" ]; then listed=$visible; fi
+    fi
+    printf '%s\n' "$listed"
+}
+
+# set_processes PYTHON DEFAULT: NUM_NODES and NUM_GPUS (= processes per node); DEFAULT is a number, or "all" devices
+set_processes() {
+    : "${NUM_NODES:=1}" "${DEVICE:=auto}"
+    if [ -z "${NUM_GPUS:-}" ]; then
+        NUM_GPUS=$2
+        if [ "$2" = all ]; then
+            NUM_GPUS=1
+            if [ "$DEVICE" != cpu ]; then NUM_GPUS=$(count_cuda_devices "$1"); fi
+            if [ "$NUM_GPUS" = 0 ]; then NUM_GPUS=1; fi
+        fi
+    fi
+    require_count NUM_NODES NUM_GPUS
+}
+
+# scaled NUMBER TIMES OVER: NUMBER x TIMES / OVER
+scaled() { awk -v number="$1" -v times="$2" -v over="$3" 'BEGIN { printf "%.6g\n", number * times / over }'; }
+
+# solve_update_freq: set UPDATE_FREQ so that NUM_NODES x NUM_GPUS x NUM_CONCAT_BATCHES x UPDATE_FREQ is the number
+# of sub-batches per update: WORLD_BATCHES (the user's) or RECIPE_BATCHES (the recipe's); without both, any number is
+solve_update_freq() {
+    local per_pass wanted
+    : "${UPDATE_FREQ:=${UPDATE_FREQUENCY:-}}" "${NUM_CONCAT_BATCHES:=1}"
+    require_count NUM_CONCAT_BATCHES
+    if [ -n "$UPDATE_FREQ" ]; then require_count UPDATE_FREQ; fi
+    if [ -n "${WORLD_BATCHES:-}" ]; then require_count WORLD_BATCHES; fi
+    per_pass=$((NUM_NODES * NUM_GPUS * NUM_CONCAT_BATCHES))
+    wanted=${WORLD_BATCHES:-${RECIPE_BATCHES:-}}
+    if [ -z "$wanted" ]; then
+        : "${UPDATE_FREQ:=1}"
+        wanted=$((per_pass * UPDATE_FREQ))
+    fi
+    if [ -z "$UPDATE_FREQ" ] && [ $((wanted % per_pass)) -eq 0 ]; then UPDATE_FREQ=$((wanted / per_pass)); fi
+    if [ -z "$UPDATE_FREQ" ] || [ $((per_pass * UPDATE_FREQ)) -ne "$wanted" ]; then
+        refuse_layout "$wanted" "$per_pass"
+    fi
+    note "$wanted sub-batches per update = $NUM_NODES (NUM_NODES) x $NUM_GPUS (NUM_GPUS)" \
+        "x $NUM_CONCAT_BATCHES (NUM_CONCAT_BATCHES) x $UPDATE_FREQ (UPDATE_FREQ)"
+    if [ -n "${LEARNING_RATE:-}" ] && [ "$wanted" -ne "${RECIPE_BATCHES:-$wanted}" ]; then
+        note "The recipe has $RECIPE_BATCHES. LEARNING_RATE stays $LEARNING_RATE; linear scaling would suggest" \
+            "LEARNING_RATE=$(scaled "$LEARNING_RATE" "$wanted" "$RECIPE_BATCHES")"
+    fi
+}
+
+# refuse_layout WANTED PER_PASS: stop, and print the values that would multiply to WANTED
+refuse_layout() {
+    local wanted=$1 per_pass=$2 gpus=$NUM_GPUS below=$(($1 / $2 * $2)) lines=() concat rest
+    while [ "$gpus" -gt 0 ] && [ $((wanted % (NUM_NODES * gpus))) -ne 0 ]; do gpus=$((gpus - 1)); done
+    if [ "$gpus" -gt 0 ]; then
+        rest=$((wanted / (NUM_NODES * gpus)))
+        concat=$rest
+        lines=("These do:")
+        while [ "$concat" -gt 0 ]; do
+            if [ $((rest % concat)) -eq 0 ]; then
+                lines=("${lines[@]}" \
+                    "  NUM_GPUS=$gpus NUM_CONCAT_BATCHES=$concat UPDATE_FREQ=$((rest / concat))")
+            fi
+            concat=$((concat - 1))
+        done
+    fi
+    if [ -n "$UPDATE_FREQ" ]; then
+        below=$((per_pass * UPDATE_FREQ))
+    elif [ "$below" -eq 0 ]; then
+        below=$per_pass
+    fi
+    usage_error "NUM_NODES=$NUM_NODES x NUM_GPUS=$NUM_GPUS x NUM_CONCAT_BATCHES=$NUM_CONCAT_BATCHES x\
+ UPDATE_FREQ=${UPDATE_FREQ:-?} does not multiply to the $wanted sub-batches of an update." \
+        ${lines[@]+"${lines[@]}"} \
+        "Or train with another number of sub-batches: WORLD_BATCHES=$below (the learning rate is then yours to judge)."
+}
+
+# --------------------------------------------------------------------------------------------- the command
+
+OPTIONS=()
+
+# add FLAG VARIABLE: --flag value, when the variable is set and not empty
+add() {
+    if [ -n "${!2:-}" ]; then OPTIONS+=("--$1" "${!2}"); fi
+}
+
+# add_list FLAG VARIABLE: the same for a flag of several values, separated by spaces
+add_list() {
+    local words=()
+    if [ -n "${!2:-}" ]; then
+        read -r -a words <<<"${!2}"
+        OPTIONS+=("--$1" ${words[@]+"${words[@]}"})
+    fi
+}
+
+# add_switch FLAG VARIABLE: --flag, when the variable is true
+add_switch() {
+    if is_true "$2"; then OPTIONS+=("--$1"); fi
+}
+
+# add_switch_off FLAG VARIABLE: --no_flag, when the variable is set and false
+add_switch_off() {
+    if [ -n "${!2:-}" ] && ! is_true "$2"; then OPTIONS+=("--no_$1"); fi
+}
+
+# quoted WORD...: the words on one line, as a shell reads them back
+quoted() {
+    local word quote="'" escaped="'\\''" separator=''
+    for word in "$@"; do
+        case "$word" in
+            '' | *[!A-Za-z0-9_./:=@%+,-]*) word="'${word//$quote/$escaped}'" ;;
+        esac
+        printf '%s%s' "$separator" "$word"
+        separator=' '
+    done
+    printf '\n'
+}
+
+# finish COMMAND...: become the command; with DRY_RUN=1 only print it
+finish() {
+    if is_true DRY_RUN; then
+        quoted "$@"
+        exit 0
+    fi
+    quoted "$@" >&2
+    exec "$@"
+}
+
+# run_program PYTHON PROGRAM ARGUMENT...: the program in one process, or in NUM_GPUS processes on NUM_NODES machines
+run_program() {
+    local python=$1 program=$ROOT/$2 cores launcher=()
+    shift 2
+    # a path that can be pasted: short where the user stands in the checkout
+    if [ "$PWD" -ef "$ROOT" ]; then program=${program#"$ROOT/"}; fi
+    if [ "$NUM_NODES" -gt 1 ]; then
+        case "${NODE_RANK:-}" in '' | *[!0-9]*) NODE_RANK=$NUM_NODES ;; esac
+        if [ "$NODE_RANK" -ge "$NUM_NODES" ] || [ -z "${MASTER_ADDR:-}" ]; then
+            usage_error "NUM_NODES=$NUM_NODES: needs NODE_RANK (0 to $((NUM_NODES - 1))) and MASTER_ADDR (host of node 0)"
+        fi
+        launcher=(-m torch.distributed.run --nnodes "$NUM_NODES" --node_rank "$NODE_RANK"
+            --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}" --nproc_per_node "$NUM_GPUS")
+    elif [ "$NUM_GPUS" -gt 1 ]; then
+        # --standalone takes a free port: several runs can share a machine
+        launcher=(-m torch.distributed.run --standalone --nproc_per_node "$NUM_GPUS")
+    fi
+    if [ "$NUM_GPUS" -gt 1 ] && [ -z "${OMP_NUM_THREADS:-}" ]; then
+        # processes that all take every core slow each other down
+        cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || printf '1')
+        OMP_NUM_THREADS=$((cores / NUM_GPUS > 0 ? cores / NUM_GPUS : 1))
+        if [ "$DEVICE" != cpu ] && [ -e /dev/nvidiactl ]; then OMP_NUM_THREADS=1; fi
+        export OMP_NUM_THREADS
+    fi
+    finish "$python" ${launcher[@]+"${launcher[@]}"} "$program" "$@"
+}

@@ -1,0 +1,378 @@
+"""Loaders: the same batches for any layout, any number of workers and after any interruption."""
+
+# SPDX-License-Identifier: Apache-2.0
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from common.data.audio import normalize as normalized
+from common.data.loader import train_loader, valid_loader
+from common.data.manifest import read_manifest
+from common.data.masking import SpanMasking
+from common.errors import ConfigError, DataError
+
+RATE = 16000
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def num_frames(samples):
+    return (samples - 400) // 320 + 1
+
+
+def encode(line, where):
+    symbols = {"A": 4, "B": 5, "|": 6}
+    try:
+        return [symbols[symbol] for symbol in line.split()]
+    except KeyError as error:
+        raise DataError(f"{where}: {error} is not in the dictionary") from None
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A list of 41 utterances whose samples tell their number and place."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1000, 6000, 41)
+    lengths[::5] = 5500
+    lines = ["."]
+    for number, length in enumerate(lengths.tolist()):
+        wave = (number * 10_000 + np.arange(length)) / 2**20
+        soundfile.write(folder / f"{number}.wav", wave.astype(np.float32), RATE, subtype="FLOAT")
+        lines.append(f"{number}.wav\t{length}")
+    (folder / "train.tsv").write_text("\n".join(lines) + "\n")
+    (folder / "train.ltr").write_text("".join(f"{'A ' * (n % 4)}B |\n" for n in range(41)))
+    return folder
+
+
+def training(corpus, **changes):
+    settings = {
+        "sample_rate": RATE,
+        "normalize": False,
+        "num_frames": num_frames,
+        "seed": 5,
+        "max_tokens": 16_000,
+        "crop": True,
+        "max_sample_size": 5000,
+        "time_mask": SpanMasking(0.65, 3, min_masks=2),
+        "update_freq": 4,
+    }
+    return train_loader(read_manifest(corpus / "train.tsv"), **settings | changes)
+
+
+def validation(corpus, labels=None, **changes):
+    settings = {"sample_rate": RATE, "normalize": False, "num_frames": num_frames, "seed": 5, "max_tokens": 16_000}
+    return valid_loader(read_manifest(corpus / "train.tsv", labels), **settings | changes)
+
+
+def content(batches):
+    """Everything in some batches, sub-batch by sub-batch, without the padding of joining."""
+    found = {}
+    for batch in batches:
+        row = 0
+        for part in batch.sub_batches:
+            rows = slice(row, row + part.rows)
+            row += part.rows
+            assert not batch.audio_BS[rows, part.samples :].any()
+            found[part.index] = (
+                part,
+                batch.ids[rows],
+                batch.audio_BS[rows, : part.samples].numpy().tobytes(),
+                batch.mask_BT[rows, : part.frames].numpy().tobytes(),
+            )
+    return found
+
+
+def same(first, second):
+    return content(first) == content(second)
+
+
+def test_every_utterance_is_validated_once_whole_and_on_one_rank(corpus):
+    for world in (1, 3, 50):
+        ids, samples = [], 0
+        for rank in range(world):
+            loader = validation(corpus, rank=rank, world=world)
+            batches = list(loader)
+            assert len(loader) == len(batches)
+            ids += [name for batch in batches for name in batch.ids]
+            samples += sum(batch.num_samples for batch in batches)
+            assert list(loader) == [] or same_ids(batches, list(loader))
+        assert sorted(ids, key=int) == [str(n) for n in range(41)]
+        assert samples == read_manifest(corpus / "train.tsv").num_samples.sum()
+
+
+def same_ids(first, second):
+    return [batch.ids for batch in first] == [batch.ids for batch in second]
+
+
+def test_an_utterance_above_the_budget_is_validated_alone(corpus):
+    batches = list(validation(corpus, max_tokens=2000))
+    assert sum(batch.num_rows for batch in batches) == 41
+    sizes = [list(validation(corpus, max_tokens=None, max_sentences=8))[place].num_rows for place in (0, -1)]
+    assert sizes == [8, 1]
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_rows_are_pieces_of_their_files_within_the_budget(corpus, pad):
+    loader = training(corpus, crop=not pad, update_freq=1)
+    sizes = read_manifest(corpus / "train.tsv").num_samples
+    starts = set()
+    for _ in range(loader.updates_per_epoch * 3):
+        (batch,) = loader.next_update()
+        assert batch.num_rows * batch.audio_BS.shape[1] <= 16_000
+        assert batch.padded == (len(set(batch.lengths_B.tolist())) > 1)
+        if not pad:
+            assert not batch.padded
+        for name, row, length in zip(batch.ids, batch.audio_BS, batch.lengths_B.tolist(), strict=True):
+            assert length <= 5000
+            assert length == min(5000, sizes[int(name)]) or not pad
+            numbers = (row[:length] * 2**20).round().long()
+            start = int(numbers[0]) - int(name) * 10_000
+            assert 0 <= start <= sizes[int(name)] - length
+            assert torch.equal(numbers, int(numbers[0]) + torch.arange(length))
+            assert not row[length:].any()
+            if sizes[int(name)] == 5500:
+                starts.add(start)
+    assert len(starts) > 5  # crops are random
+
+
+def test_an_utterance_is_normalized_before_it_is_cropped(corpus):
+    loader, plain = (training(corpus, normalize=flag, update_freq=1) for flag in (True, False))
+    (batch,), (raw,) = loader.next_update(), plain.next_update()
+    for name, row, piece in zip(batch.ids, batch.audio_BS, raw.audio_BS, strict=True):
+        whole, _ = soundfile.read(corpus / f"{name}.wav", dtype="float32")
+        start = int((piece[0] * 2**20).round()) - int(name) * 10_000
+        np.testing.assert_array_equal(row, normalized(whole)[start : start + len(row)])
+
+
+@pytest.mark.parametrize(("world", "concat", "update_freq"), [(1, 4, 1), (2, 1, 2), (2, 2, 1), (4, 1, 1), (1, 2, 2)])
+def test_every_layout_reads_the_same_sub_batches_crops_and_masks(corpus, world, concat, update_freq):
+    single = training(corpus)
+    ranks = [training(corpus, rank=rank, world=world, concat=concat, update_freq=update_freq) for rank in range(world)]
+    for _ in range(single.updates_per_epoch * 2):
+        expected = content(single.next_update())
+        found = {}
+        for loader in ranks:
+            batches = loader.next_update()
+            assert len(batches) == update_freq
+            assert all(len(batch.sub_batches) == concat for batch in batches)
+            found |= content(batches)
+        assert list(expected) == [0, 1, 2, 3]
+        assert found == expected
+
+
+def test_workers_do_not_change_the_batches(corpus):
+    loaders = [training(corpus, num_workers=workers, concat=2, update_freq=2) for workers in (0, 2)]
+    for _ in range(loaders[0].updates_per_epoch * 2 + 1):
+        first, second = (loader.next_update() for loader in loaders)
+        assert same(first, second)
+        assert all(torch.equal(a.masked_R, b.masked_R) for a, b in zip(first, second, strict=True))
+    assert (loaders[0].epoch, loaders[0].position) == (loaders[1].epoch, loaders[1].position) == (3, 1)
+    loaders[1].close()
+    valid = [list(validation(corpus, num_workers=workers)) for workers in (0, 2)]
+    assert same_ids(*valid)
+    assert all(torch.equal(a.audio_BS, b.audio_BS) for a, b in zip(*valid, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_loader_continues_the_uninterrupted_order(corpus, workers):
+    whole = training(corpus)
+    states, updates = [whole.state_dict()], []
+    for _ in range(whole.updates_per_epoch + 2):
+        updates.append(whole.next_update())
+        states.append(whole.state_dict())
+    for done in range(len(updates) if workers == 0 else 2):
+        resumed = training(corpus, num_workers=workers)
+        resumed.next_update()  # whatever was prefetched before is forgotten
+        resumed.load_state_dict(states[done])
+        for expected in updates[done : done + 2]:
+            assert same(resumed.next_update(), expected)
+        assert resumed.state_dict() == states[min(done + 2, len(updates))]
+        resumed.close()
+
+
+def test_the_position_counts_what_was_handed_out(corpus):
+    loader = training(corpus, num_workers=2)
+    assert (loader.epoch, loader.position, loader.at_epoch_end) == (1, 0, False)
+    for update in range(1, loader.updates_per_epoch + 1):
+        loader.next_update()
+        assert (loader.epoch, loader.position) == (1, update)
+    assert loader.at_epoch_end
+    loader.next_update()
+    assert (loader.epoch, loader.position) == (2, 1)
+    assert loader.wait_seconds > 0
+    assert loader.take_wait_seconds() > 0
+    assert loader.wait_seconds == 0
+    loader.close()
+
+
+def test_a_checkpoint_of_other_batches_starts_its_epoch_again(corpus, caplog):
+    loader = training(corpus)
+    loader.next_update()
+    state = loader.state_dict() | {"epoch": 4}
+    other = training(corpus, max_tokens=12_000)
+    with caplog.at_level(logging.WARNING):
+        other.load_state_dict(state)
+    assert "sub_batches" in caplog.text
+    assert (other.epoch, other.position) == (4, 0)
+
+
+def test_reading_does_not_touch_the_global_generators(corpus):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    for workers in (0, 2):
+        loader = training(corpus, num_workers=workers)
+        loader.next_update()
+        loader.close()
+    list(validation(corpus))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_short_utterances_are_dropped_in_training_only_and_reported(corpus, caplog):
+    sizes = read_manifest(corpus / "train.tsv").num_samples
+    with caplog.at_level(logging.INFO):
+        loader = training(corpus, min_sample_size=2500, update_freq=1)
+    kept = int((sizes >= 2500).sum())
+    assert f"{kept} utterances" in caplog.text
+    assert f"{41 - kept} utterances" in caplog.text
+    assert "hours" in caplog.text
+    assert "cropping" in caplog.text
+    ids = {name for _ in range(loader.updates_per_epoch) for name in loader.next_update()[0].ids}
+    assert {int(name) for name in ids} == set(np.flatnonzero(sizes >= 2500).tolist())
+    with pytest.raises(DataError, match="all 41 utterances of train are shorter than --min_sample_size 9000"):
+        training(corpus, min_sample_size=9000)
+
+
+def test_fine_tuning_pads_masks_and_encodes(corpus):
+    manifest = read_manifest(corpus / "train.tsv", corpus / "train.ltr")
+    loader = train_loader(
+        manifest,
+        sample_rate=RATE,
+        normalize=False,
+        num_frames=num_frames,
+        seed=5,
+        max_tokens=16_000,
+        crop=False,
+        time_mask=SpanMasking(0.5, 2, min_masks=2),
+        channel_mask=SpanMasking(0.5, 8),
+        channels=32,
+        encode=encode,
+        concat=2,
+    )
+    (batch,) = loader.next_update()
+    assert batch.lengths_B.tolist() == [manifest.num_samples[int(name)] for name in batch.ids]
+    assert batch.label_lengths == tuple(int(name) % 4 + 2 for name in batch.ids)
+    assert batch.texts == tuple(manifest[int(name)].text for name in batch.ids)
+    for row, length in zip(batch.labels_BL.tolist(), batch.label_lengths, strict=True):
+        assert row[:length] == [4] * (length - 2) + [5, 6]
+        assert set(row[length:]) <= {1}
+    assert batch.channel_mask_BD.shape == (batch.num_rows, 32)
+    frames = torch.tensor(batch.frame_lengths)
+    assert not (batch.mask_BT & (torch.arange(batch.mask_BT.shape[1]) >= frames[:, None])).any()
+
+
+def test_labels_are_checked_before_the_first_update(corpus, tmp_path):
+    labels = tmp_path / "bad.ltr"
+    labels.write_text("A |\n" * 20 + "A ? |\n" + "B |\n" * 20)
+    with pytest.raises(DataError, match=r"bad.ltr:21: '\?' is not in the dictionary"):
+        validation(corpus, labels, encode=encode)
+    with pytest.raises(DataError, match="labels are needed"):
+        validation(corpus, encode=encode)
+
+
+def test_impossible_settings_name_their_flag(corpus):
+    with pytest.raises(ConfigError, match="--max_tokens 4000"):
+        training(corpus, max_tokens=4000)
+    with pytest.raises(ConfigError, match="--max_sample_size 399"):
+        training(corpus, max_sample_size=399)
+    manifest = read_manifest(corpus / "train.tsv", corpus / "train.ltr")
+    with pytest.raises(ConfigError, match="--max_sample_size 5000: would cut audio but not its labels"):
+        train_loader(
+            manifest,
+            sample_rate=RATE,
+            normalize=False,
+            num_frames=num_frames,
+            seed=5,
+            max_tokens=16_000,
+            crop=False,
+            max_sample_size=5000,
+            encode=encode,
+        )
+
+
+def test_an_utterance_below_the_receptive_field_is_refused_with_its_line(tmp_path):
+    (tmp_path / "train.tsv").write_text(".\na.wav\t1000\nb.wav\t399\n")
+    for make in (training, validation):
+        with pytest.raises(DataError, match=r"train.tsv:3: .*b.wav has 399 samples, .*--min_sample_size"):
+            make(tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_in_a_worker_arrives_as_it_is(tmp_path, workers):
+    soundfile.write(tmp_path / "a.wav", np.zeros(1000), RATE)
+    (tmp_path / "train.tsv").write_text(".\na.wav\t1000\nb.wav\t1000\n")
+    loader = training(tmp_path, num_workers=workers, update_freq=1)
+    with pytest.raises(DataError) as caught:
+        for _ in range(3):
+            loader.next_update()
+    assert str(caught.value).startswith(f"{tmp_path / 'train.tsv'}:3: {tmp_path / 'b.wav'}: no such file;")
+    assert "Traceback" not in str(caught.value)
+    loader.close()
+    with pytest.raises(DataError, match=r"train.tsv:3"):
+        list(validation(tmp_path, num_workers=workers))
+
+
+def children():
+    """Processes that this one has started and that still run."""
+    folder = Path("/proc")
+    if not folder.exists():
+        pytest.skip("needs /proc")
+    found = []
+    for status in folder.glob("[0-9]*/stat"):
+        try:
+            state, parent = status.read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue
+        if int(parent) == os.getpid() and state != "Z":
+            found.append(status.parent.name)
+    return found
+
+
+def test_closing_a_loader_stops_its_workers(corpus):
+    before = children()
+    loader = training(corpus, num_workers=2)
+    loader.next_update()
+    assert len(children()) == len(before) + 2
+    loader.close()
+    assert len(children()) == len(before)
+    for batch in validation(corpus, num_workers=2):
+        assert batch.num_rows
+        break
+    del batch
+    assert len(children()) == len(before)
+
+
+def test_a_program_ends_with_workers_still_reading(corpus):
+    program = f"""
+        import sys
+        sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]
+        import test_loader
+        from pathlib import Path
+        loader = test_loader.training(Path({str(corpus)!r}), num_workers=2)
+        valid = iter(test_loader.validation(Path({str(corpus)!r}), num_workers=2))
+        loader.next_update()
+        next(valid)
+        print("read")
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (0, "read\n")
+    assert "Traceback" not in ended.stderr

@@ -1,0 +1,420 @@
+"""Checkpoints are whole or absent, never execute anything, and the right ones are kept."""
+
+# SPDX-License-Identifier: Apache-2.0
+import argparse
+import errno
+import io
+import os
+import pickle
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common import checkpoint
+from common.checkpoint import Retention
+from common.errors import CheckpointError, ConfigError
+
+ROOT = Path(checkpoint.__file__).parents[1]
+
+
+def make_state(update=1, **changes):
+    return {
+        "mode": "pretrain",
+        "config": {"model": {"conv": [[512, 10, 5]], "dropout": 0.1, "name": None}},
+        "model": {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.full((3,), float(update))},
+        "labels": ["<s>", "é"],
+        "optimizer": {"state": {0: {"step": update, "exp_avg": torch.ones(2, dtype=torch.bfloat16)}}},
+        "progress": {"step": update, "best": None},
+        **changes,
+    }
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = checkpoint.update_path(tmp_path, 1)
+    checkpoint.save(path, make_state())
+    return path
+
+
+def records_of(path):
+    with zipfile.ZipFile(path) as archive:
+        return {record.filename: archive.read(record) for record in archive.infolist()}
+
+
+def write_records(path, records, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in records.items():
+            archive.writestr(name, data)
+
+
+# ---- what is saved comes back -------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_comes_back_as_it_was_saved(saved):
+    state = checkpoint.load(saved)
+    assert (state["format"], state["format_version"]) == (checkpoint.FORMAT, checkpoint.FORMAT_VERSION)
+    expected = make_state()
+    assert state["config"] == expected["config"]
+    assert state["labels"] == expected["labels"]
+    assert state["progress"] == expected["progress"]
+    assert torch.equal(state["model"]["weight"], expected["model"]["weight"])
+    moment = state["optimizer"]["state"][0]["exp_avg"]
+    assert moment.dtype == torch.bfloat16
+    assert torch.equal(moment, torch.ones(2, dtype=torch.bfloat16))
+    assert sorted(saved.parent.iterdir()) == [saved]
+
+
+def test_a_saved_file_is_read_by_torch_alone(saved):
+    assert torch.load(saved, weights_only=True)["mode"] == "pretrain"
+
+
+def test_parameters_are_stored_as_plain_tensors(tmp_path):
+    module = torch.nn.Linear(2, 2)
+    checkpoint.save(tmp_path / "a.pt", make_state(model=dict(module.named_parameters())))
+    weight = checkpoint.load(tmp_path / "a.pt")["model"]["weight"]
+    assert type(weight) is torch.Tensor
+    assert not weight.requires_grad
+
+
+@pytest.mark.parametrize("value", [np.float64(1.0), Path("a"), {1, 2}, b"bytes", argparse.Namespace(), {(1,): 2}])
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path, value):
+    with pytest.raises(TypeError, match=r"state\['progress'\]\['best'\]"):
+        checkpoint.save(tmp_path / "a.pt", make_state(progress={"best": value}))
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- interrupted and impossible saves -----------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys, torch
+from common import checkpoint
+from tests.common.test_checkpoint import make_state
+
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+moment, path = sys.argv[1:]
+if moment == "writing":
+    real = torch.save
+    def half(content, file):
+        real(content, file)
+        file.truncate(file.tell() // 2)
+        die()
+    torch.save = half
+elif moment == "syncing":
+    os.fsync = die
+else:
+    checkpoint._sync_folder = die
+checkpoint.save(path, make_state(2))
+"""
+
+
+@pytest.mark.parametrize(("moment", "update"), [("writing", 1), ("syncing", 1), ("replaced", 2)])
+def test_a_kill_during_save_leaves_a_whole_checkpoint(saved, moment, update):
+    run = subprocess.run(
+        [sys.executable, "-c", KILLED, moment, str(saved)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert run.returncode == -signal.SIGKILL
+    assert checkpoint.load(saved)["progress"]["step"] == update
+    assert checkpoint.newest_valid(saved.parent) == saved
+    Retention().prune(saved.parent, final=1)
+    assert sorted(saved.parent.iterdir()) == [saved]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(saved, monkeypatch, code):
+    def full(descriptor):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match=r"could not be written .*free some space and go on with --resume"):
+        checkpoint.save(saved, make_state(2))
+    assert sorted(saved.parent.iterdir()) == [saved]
+    assert checkpoint.load(saved)["progress"]["step"] == 1
+
+
+def test_a_disk_that_fills_up_inside_torch_save_is_reported_as_such(saved):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="could not be written") as caught:
+            checkpoint.save(saved, make_state(2, model={"weight": torch.zeros(2**18)}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "\n" not in str(caught.value)
+    assert sorted(saved.parent.iterdir()) == [saved]
+    assert checkpoint.load(saved)["progress"]["step"] == 1
+
+
+def test_an_output_folder_that_cannot_be_written_names_the_flag(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--output_dir .*file/run: cannot be written"):
+        checkpoint.save(tmp_path / "file" / "run" / "a.pt", make_state())
+
+    def refuse(self, *args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ConfigError, match=r"--output_dir .*: cannot be written \(Permission denied\); choose"):
+        checkpoint.save(tmp_path / "a.pt", make_state())
+
+
+# ---- bad files ----------------------------------------------------------------------------------------------
+
+
+def refused(path, message):
+    with pytest.raises(CheckpointError, match=message) as caught:
+        checkpoint.load(path)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert len(str(caught.value)) < 250 + len(str(path))
+
+
+def test_missing_empty_and_other_things_than_files(tmp_path):
+    refused(tmp_path / "none.pt", "there is no such file")
+    refused(tmp_path, "is a folder; name a file in it")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    refused(tmp_path / "empty.pt", "is empty; use another")
+    refused(tmp_path / "empty.pt" / "below.pt", "no such file")
+    os.mkfifo(tmp_path / "pipe.pt")
+    refused(tmp_path / "pipe.pt", "no regular file")
+
+
+@pytest.mark.parametrize("content", [b"x", b"hello world" * 50, bytes(1000), b"PK\x03\x04", b"PK\x03\x04" + bytes(999)])
+def test_garbage_is_no_checkpoint(tmp_path, content):
+    (tmp_path / "a.pt").write_bytes(content)
+    refused(tmp_path / "a.pt", "is truncated, damaged or not a checkpoint .*; use another checkpoint")
+
+
+def test_every_truncation_is_refused(saved):
+    whole = saved.read_bytes()
+    for length in [*range(1, 100), *range(100, len(whole), 97), len(whole) - 1]:
+        saved.write_bytes(whole[:length])
+        refused(saved, "is truncated, damaged")
+
+
+def test_damaged_bytes_never_give_other_numbers(saved):
+    whole = saved.read_bytes()
+    expected = make_state()
+    draw = random.Random(0)
+    harmless = 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
+        saved.write_bytes(damaged)
+        try:
+            state = checkpoint.load(saved)
+        except CheckpointError:
+            continue
+        harmless += 1  # a date or the padding between two records
+        assert state["config"] == expected["config"]
+        assert all(torch.equal(state["model"][name], expected["model"][name]) for name in expected["model"])
+    assert harmless < 250
+
+
+class Payload:
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize(
+    "payload",
+    [
+        lambda mark: Payload(os.system, f"touch {mark}"),
+        lambda mark: Payload(eval, f"open({str(mark)!r}, 'w')"),
+        lambda mark: Payload(Path.touch, mark),
+        lambda mark: Payload(bytearray, 10**12),
+    ],
+)
+def test_pickled_code_is_never_executed(tmp_path, payload, protocol):
+    mark = tmp_path / "executed"
+    path = tmp_path / "a.pt"
+    torch.save({"format": "wav2vec2", "model": payload(mark)}, path, pickle_protocol=protocol)
+    refused(path, "holds pickled code .* never executed")
+    torch.save({"model": payload(mark)}, path, pickle_protocol=protocol, _use_new_zipfile_serialization=False)
+    refused(path, "is a pickle file of another program")
+    path.write_bytes(pickle.dumps(payload(mark), protocol=protocol))
+    refused(path, "is a pickle file of another program")
+    assert not mark.exists()
+
+
+def test_a_small_file_cannot_become_a_large_load(saved):
+    records = records_of(saved)
+    big = {name: data + bytes(2**24) if "/data/" in name else data for name, data in records.items()}
+    write_records(saved, big, zipfile.ZIP_DEFLATED)
+    assert saved.stat().st_size < 2**20
+    refused(saved, "compressed records")
+
+
+def test_overlapping_records_are_refused(saved):
+    """One stored megabyte that the archive's table lists many times."""
+    write_records(saved, {"a/data.pkl": bytes(2**20)})
+    with zipfile.ZipFile(saved, "a") as archive:
+        original = archive.infolist()[0]
+        for number in range(20):
+            twin = zipfile.ZipInfo(f"a/data/{number}")
+            for attribute in ("CRC", "file_size", "compress_size", "header_offset"):
+                setattr(twin, attribute, getattr(original, attribute))
+            archive.filelist.append(twin)
+            archive.NameToInfo[twin.filename] = twin
+        archive._didModify = True
+    refused(saved, "its records overlap|is truncated, damaged")
+
+
+def test_a_hostile_table_of_contents_takes_neither_long_nor_much(saved):
+    records = records_of(saved)
+    name = next(name for name in records if name.endswith("data.pkl"))
+    nested = b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b"."
+    laughs = b"\x80\x02]q\x00(" + b"h\x00" * 100_000 + b"e."
+    for content in (nested, laughs, b"\x80\x02." + bytes(2**24), b"", b"\x80\x02X\xff\xff\xff\x7fabc"):
+        write_records(saved, {**records, name: content})
+        start = time.monotonic()
+        refused(saved, ": ")
+        assert time.monotonic() - start < 20
+
+
+def test_a_record_that_is_smaller_than_its_tensor_is_refused(saved):
+    records = records_of(saved)
+    for name in list(records):
+        if "/data/" in name:
+            write_records(saved, {**records, name: records[name][:-4]})
+            refused(saved, "is truncated, damaged")
+
+
+def test_other_programs_are_named(tmp_path):
+    path = tmp_path / "a.pt"
+    cases = [
+        ({"args": None, "cfg": {"model": {}}, "model": {}, "task_state": {}}, "is a checkpoint of fairseq"),
+        ({"args": argparse.Namespace(arch="wav2vec2"), "model": {}}, "is a checkpoint of fairseq"),
+        ({"args": {"mode": "finetune"}, "model": {}, "train_state": {}}, "is a checkpoint of NVIDIA"),
+        ({"args": {"mode": "pretrain"}, "best": np.float64(1)}, "NumPy objects, as .*NVIDIA"),
+        ({"wav2vec2.encoder.layer_norm.weight": torch.ones(1)}, "is a checkpoint of Hugging Face"),
+        ({"weights": torch.ones(1)}, "not a checkpoint of this toolkit"),
+        ([torch.ones(1)], "holds a list, not a checkpoint"),
+    ]
+    for content, message in cases:
+        torch.save(content, path)
+        refused(path, message)
+
+
+def test_reference_checkpoints_are_recognised_and_not_loaded(shared):
+    programs = {"golden": "fairseq", "golden_nvidia": "NVIDIA"}
+    for folder, program in programs.items():
+        files = [path for pattern in ("pretrain*.pt", "ctc*.pt") for path in shared(folder).rglob(pattern)]
+        for path in files:
+            if "golden" not in path.name:
+                refused(path, f"{program}.*convert")
+
+
+def test_newer_older_and_incomplete_formats(tmp_path):
+    path = tmp_path / "a.pt"
+    torch.save({**make_state(), "format": "wav2vec2", "format_version": 2}, path)
+    refused(path, "has format version 2, this toolkit reads up to 1; update the toolkit")
+    torch.save({**make_state(), "format": "wav2vec2", "format_version": "x"}, path)
+    refused(path, "has the format version 'x'")
+    torch.save({"format": "wav2vec2", "format_version": 1, "mode": "pretrain"}, path)
+    refused(path, "lacks config, model")
+
+
+# ---- the newest and the kept ones ---------------------------------------------------------------------------
+
+
+def test_the_newest_goes_by_update_and_not_by_name_or_date(tmp_path):
+    for update in (1000, 9, 200):
+        checkpoint.save(checkpoint.update_path(tmp_path, update), make_state(update))
+    checkpoint.save(checkpoint.best_path(tmp_path), make_state(5000))
+    checkpoint.save(tmp_path / "wav2vec2_update9999_copy.pt", make_state(9999))
+    assert [checkpoint.update_number(path) for path in checkpoint.update_paths(tmp_path)] == [1000, 200, 9]
+    path, state = checkpoint.load_newest(tmp_path)
+    assert path == checkpoint.newest_valid(tmp_path) == tmp_path / "wav2vec2_update1000.pt"
+    assert state["progress"]["step"] == 1000
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    assert checkpoint.newest_valid(tmp_path) is None
+    assert checkpoint.newest_valid(tmp_path / "none") is None
+
+
+def test_a_damaged_newest_one_is_reported_and_the_one_before_is_used(tmp_path, caplog):
+    for update in (1, 2, 3):
+        checkpoint.save(checkpoint.update_path(tmp_path, update), make_state(update))
+    checkpoint.update_path(tmp_path, 3).write_bytes(b"")
+    broken = checkpoint.update_path(tmp_path, 2)
+    broken.write_bytes(broken.read_bytes()[:500])
+    assert checkpoint.newest_valid(tmp_path) == checkpoint.update_path(tmp_path, 1)
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    assert "wav2vec2_update3.pt: is empty" in caplog.text
+
+
+def test_a_run_is_never_silently_started_anew(tmp_path):
+    path = checkpoint.update_path(tmp_path, 7)
+    checkpoint.save(path, make_state(7))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:300])
+    with pytest.raises(CheckpointError, match="none of the 1 checkpoints can be read"):
+        checkpoint.newest_valid(tmp_path)
+    path.write_bytes(whole)
+    torch.save({**make_state(), "format": "wav2vec2", "format_version": 99}, tmp_path / "wav2vec2_update8.pt")
+    with pytest.raises(CheckpointError, match="update the toolkit"):
+        checkpoint.newest_valid(tmp_path)
+
+
+def simulate(tmp_path, updates, retention, final):
+    """File names after a run that saves at each of `updates` and prunes after each."""
+    for update in updates:
+        checkpoint.update_path(tmp_path, update).write_bytes(b"x")
+        retention.prune(tmp_path, final)
+    return sorted(checkpoint.update_number(path) for path in checkpoint.update_paths(tmp_path))
+
+
+def test_the_last_two_and_the_milestones_stay(tmp_path):
+    checkpoint.best_path(tmp_path).write_bytes(b"x")
+    (tmp_path / "wav2vec2_update10.pt.bak").write_bytes(b"x")
+    milestones = checkpoint.default_milestones(100)
+    assert simulate(tmp_path, range(5, 105, 5), Retention(2, milestones), 100) == [25, 50, 75, 95, 100]
+    assert checkpoint.best_path(tmp_path).exists()
+    assert (tmp_path / "wav2vec2_update10.pt.bak").exists()
+
+
+def test_the_final_update_is_never_removed(tmp_path):
+    checkpoint.update_path(tmp_path, 10).write_bytes(b"x")
+    assert simulate(tmp_path, (20, 30, 40, 50), Retention(1), 10) == [10, 50]
+
+
+def test_prune_tells_what_it_removed_and_sorts_by_number(tmp_path):
+    for update in (9, 10, 100):
+        checkpoint.update_path(tmp_path, update).write_bytes(b"x")
+    assert Retention().prune(tmp_path, final=500) == [tmp_path / "wav2vec2_update9.pt"]
+
+
+@pytest.mark.parametrize(
+    ("last", "expected"), [(400000, (100000, 200000, 300000, 400000)), (10, (2, 5, 7, 10)), (2, (1, 2)), (1, (1,))]
+)
+def test_default_milestones_are_every_quarter(last, expected):
+    assert checkpoint.default_milestones(last) == expected
+
+
+def test_checksums_of_torch_are_those_of_zip(saved):
+    """The check of damaged bytes rests on torch writing real checksums."""
+    with zipfile.ZipFile(io.BytesIO(saved.read_bytes())) as archive:
+        records = [record for record in archive.infolist() if record.file_size]
+        assert all(zlib.crc32(archive.read(record)) == record.CRC for record in records)

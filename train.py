@@ -1,0 +1,57 @@
+"""Pre-train wav2vec 2.0 on audio, or fine-tune it with CTC on transcripts: the algorithm on one screen."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+from common import distributed, rng
+from common.data.collate import Batch
+from common.entry import run_program
+from common.logger import setup_console
+from wav2vec2.arg_parser import parse_train
+from wav2vec2.build import build_run
+from wav2vec2.run import Run
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train as the command line says."""
+    config = parse_train(argv)
+    with distributed.session(config.run.device) as device:
+        setup_console(is_main=distributed.is_main())
+        train(build_run(config, device, command=["train.py", *argv]))
+
+
+def train(run: Run) -> None:
+    """Train from wherever the run stands to its last update."""
+    while not run.finished:
+        batches = run.train_loader.next_update()
+        updated = train_step(run, batches, run.progress.step)
+        run.after_update(updated)
+    run.close()
+
+
+def train_step(run: Run, batches: Sequence[Batch], step: int) -> bool:
+    """Make one update from update_freq micro-batches; False if fp16 overflowed and it was skipped."""
+    run.set_step(step)  # Gumbel temperature, LayerDrop, freezing
+    count = distributed.sum_across_ranks(run.task.count_units(batches), run.device)
+    for micro, batch in enumerate(batches):
+        rng.seed_all(run.config.run.seed, "dropout", step, micro, distributed.rank())
+        last = micro == len(batches) - 1
+        with nullcontext() if last else run.engine.no_sync():
+            loss, stats = run.engine(batch.to(run.device), count)
+            run.optimizer.backward(loss)  # scales the loss in fp16
+        run.metrics.add(stats)  # stays on the device
+    grad_norm = run.optimizer.clip_grad_norm(run.config.optim.clip_norm)
+    updated = run.optimizer.step(lr=run.schedule(step))
+    run.optimizer.zero_grad()
+    if updated:
+        run.metrics.add({"grad_norm": grad_norm})
+        run.ema.update(run.optimizer.master_weights())
+    return updated
+
+
+if __name__ == "__main__":
+    run_program(main, sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Stand-alone data tools: file lists, labels, dictionary, downloads and small corpora."""

@@ -1,0 +1,95 @@
+"""What the data tools share as programs: arguments, one-line errors, progress bars, writing text files."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+from common.errors import ConfigError, UserError
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Help that ends with the default where there is one to tell."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        tell = action.option_strings and action.default not in (None, False, "", argparse.SUPPRESS)
+        return f"{action.help} (default: %(default)s)" if tell else action.help
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that takes --a_b and --a-b alike and reports mistakes as ConfigError."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(description=description, allow_abbrev=False, formatter_class=_Formatter)
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """Parse `argv` (default: the command line); for an unknown flag the nearest known one is offered."""
+        tokens = list(sys.argv[1:] if argv is None else argv)
+        end = tokens.index("--") if "--" in tokens else len(tokens)
+        for position, token in enumerate(tokens[:end]):
+            if token.startswith("--"):
+                tokens[position] = self._known(token)
+        return self.parse_args(tokens)
+
+    def _known(self, token: str) -> str:
+        """`--output-dir=x` -> `--output_dir=x`; ConfigError for a flag that does not exist."""
+        flag, equals, value = token.partition("=")
+        name = "--" + flag[2:].replace("-", "_")
+        if name not in self._option_string_actions:
+            near = difflib.get_close_matches(name, list(self._option_string_actions), n=1)
+            self.error(f"{flag}: no such flag" + (f", did you mean {near[0]}?" if near else ""))
+        return name + equals + value
+
+    def error(self, message: str) -> NoReturn:
+        """Report a usage error; run() turns it into one line and exit status 2."""
+        raise ConfigError(f"{message}; --help lists all flags")
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Call `main` and exit with 0, 2 (usage) or 1 (data); errors are one line; --debug: traceback."""
+    try:
+        main()
+    except (UserError, OSError) as error:
+        if "--debug" in sys.argv:
+            raise
+        text = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            text = f"{error.filename or 'input or output'}: {error.strerror}"
+        print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_status", 1))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def bar(items: Iterable[Any] | None = None, **options: Any) -> tqdm:  # noqa: ANN401 - handed on to tqdm as it is
+    """A progress bar on stderr, off when stderr is no terminal."""
+    return tqdm(items, disable=not sys.stderr.isatty(), **options)
+
+
+def cpu_count() -> int:
+    """The number of CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write a UTF-8 text file, whole or not at all; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(line + "\n" for line in lines)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,376 @@
+"""Put a run together: model -> weights -> dtype -> DDP -> optimizer -> data; the only `if mode`."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import logging
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common import checkpoint, distributed, flags, rng
+from common.data.loader import TrainLoader, ValidLoader, train_loader, valid_loader
+from common.data.manifest import read_manifest
+from common.data.masking import SpanMasking
+from common.ema import Ema
+from common.errors import CheckpointError, ConfigError
+from common.labels import Dictionary
+from common.logger import RunLogger
+from common.precision import LossScaler, MixedPrecisionOptimizer, to_half
+from common.schedules import make_schedule
+from wav2vec2.attention import LayerNorm
+from wav2vec2.config import Config, MaskConfig, ModelConfig
+from wav2vec2.logging import METRICS
+from wav2vec2.model import ChannelNorm, Wav2Vec2Ctc, Wav2Vec2Model
+from wav2vec2.run import Run
+from wav2vec2.task import FinetuneTask, PretrainTask
+
+log = logging.getLogger(__name__)
+
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def build_run(config: Config, device: torch.device, command: list[str]) -> Run:
+    """A run that is ready to train, resumed where --resume finds a checkpoint."""
+    torch.backends.cuda.matmul.allow_tf32 = config.precision.allow_tf32
+    torch.backends.cudnn.allow_tf32 = config.precision.allow_tf32
+    logger = _open_output(config)
+    resumed = _find_checkpoint(config)
+    config, dictionary, weights = _start_from(config, resumed)
+    model = build_model(config, dictionary)
+    model.load_state_dict(weights, strict=resumed is not None)
+    _freeze_idle(model, config)
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    o2 = config.precision.name in HALF and not config.precision.amp
+    master = {name: parameter.detach().float().clone() for name, parameter in model.named_parameters() if o2}
+    if o2:
+        to_half(model, HALF[config.precision.name], fp32_modules(model, config.precision.kept_in_fp32()))
+    task = _build_task(config, model).to(device)
+    engine = distributed.wrap(task, device, bucket_cap_mb=config.run.bucket_cap_mb)
+    optimizer = _build_optimizer(config, model)
+    if o2:
+        optimizer.load_master({name: master[name] for name in optimizer.master_weights()})
+    train, valid = _build_loaders(config, model, device, dictionary)
+    run = Run(
+        config=config,
+        device=device,
+        task=task,
+        engine=engine,
+        optimizer=optimizer,
+        schedule=_build_schedule(config),
+        ema=Ema(config.optim.ema, optimizer.master_weights()),
+        train_loader=train,
+        valid_loader=valid,
+        dictionary=dictionary,
+        logger=logger,
+        frozen_weights=frozen,
+    )
+    if resumed:
+        run.load_state_dict(resumed[1], resumed[0])
+        log.info("resumed %s: update %d, epoch %d", resumed[0], run.progress.step, run.train_loader.epoch)
+    _describe(run, command)
+    return run
+
+
+def build_model(config: Config, dictionary: Dictionary | None) -> Wav2Vec2Model | Wav2Vec2Ctc:
+    """The model with fresh weights, which the seed decides."""
+    rng.seed_all(config.run.seed, "weights")
+    fp32_softmax = "mha_softmax" in config.precision.kept_in_fp32()
+    if config.mode == "pretrain":
+        return Wav2Vec2Model(config.model, config.dropout, fp32_softmax=fp32_softmax)
+    if dictionary is None:
+        raise ConfigError("fine-tuning needs a dictionary")
+    return Wav2Vec2Ctc(
+        config.model,
+        config.dropout,
+        num_symbols=len(dictionary),
+        blank_weight=config.ctc.blank_weight,
+        blank_mode=config.ctc.blank_mode,
+        fp32_softmax=fp32_softmax,
+    )
+
+
+def fp32_modules(model: nn.Module, ops: tuple[str, ...]) -> list[nn.Module]:
+    """The modules whose weights stay in fp32 under O2, and which therefore compute in it."""
+    trunk = model.w2v if isinstance(model, Wav2Vec2Ctc) else model
+    found: list[nn.Module] = []
+    if "conv_norms" in ops:
+        found += [m for m in trunk.feature_extractor.modules() if isinstance(m, (ChannelNorm, LayerNorm))]
+    if "pos_conv" in ops:
+        found.append(trunk.encoder.pos_conv)
+    if "transformer_layernorm" in ops:
+        found += [m for m in trunk.encoder.modules() if isinstance(m, LayerNorm)]
+    return found
+
+
+def _open_output(config: Config) -> RunLogger:
+    """Make the output folder and its logs; refuse one that cannot be written."""
+    folder = Path(config.run.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable.{distributed.rank()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"--output_dir {folder}: cannot be written ({error.strerror}); choose another folder"
+        ) from None
+    return RunLogger(folder, metrics=METRICS, enabled=distributed.is_main())
+
+
+def _find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to go on from; without --resume a folder that holds one is refused."""
+    folder = config.run.output_dir
+    if config.run.resume:
+        return checkpoint.load_newest(folder)
+    paths = checkpoint.update_paths(folder)
+    if paths and config.run.save:
+        raise ConfigError(
+            f"--output_dir {folder}: holds {paths[0].name} of an earlier run; "
+            "add --resume to go on from it, or choose another folder"
+        )
+    return None
+
+
+def _start_from(
+    config: Config, resumed: tuple[Path, dict[str, Any]] | None
+) -> tuple[Config, Dictionary | None, Mapping[str, Tensor]]:
+    """The configuration with the architecture that counts, the dictionary, and the weights to start from."""
+    if resumed:
+        path, state = resumed
+        if state["mode"] != config.mode:
+            raise CheckpointError(f"{path}: is of {state['mode']}; choose another --output_dir for {config.mode}")
+        saved = flags.from_dict(Config, state["config"])
+        if config.mode == "pretrain" and saved.model != config.model:
+            raise CheckpointError(
+                f"{path}: has another architecture ({_differences(saved.model, config.model)}); "
+                "resume with its values, or choose another --output_dir"
+            )
+        config = replace(config, model=saved.model)
+        changed = _differences(saved, config)
+        if changed:
+            log.warning("options differ from those of %s: %s", path, changed)
+        dictionary = Dictionary.from_symbols(state["labels"]) if state["labels"] else None
+        return config, dictionary, state["model"]
+    if config.mode == "pretrain":
+        return config, None, build_model(config, None).state_dict()
+    dictionary = Dictionary.read(Path(config.data.data) / f"dict.{config.data.labels}.txt")
+    model_config, weights = load_pretrained(config.ctc.w2v_path)
+    return replace(config, model=model_config), dictionary, weights
+
+
+def load_pretrained(path: str) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Architecture and trunk weights (under the names of Wav2Vec2Ctc) of a pre-trained checkpoint."""
+    state = checkpoint.load(path)
+    if state["mode"] != "pretrain":
+        raise CheckpointError(f"{path}: is a fine-tuned model; --w2v_path takes a pre-trained one")
+    source = state["ema"]["weights"] if state.get("ema") else {}
+    weights = {**state["model"], **source}
+    heads = ("quantizer.", "project_q.", "final_proj.")
+    trunk = {f"w2v.{name}": value for name, value in weights.items() if not name.startswith(heads)}
+    return flags.from_dict(Config, state["config"]).model, trunk
+
+
+def _freeze_idle(model: nn.Module, config: Config) -> None:
+    """Parameters that no loss reaches take no part in DDP and in the optimizer."""
+    if isinstance(model, Wav2Vec2Ctc) and config.mask.mask_prob == 0:
+        model.w2v.mask_emb.requires_grad_(False)
+
+
+def _build_task(config: Config, model: Wav2Vec2Model | Wav2Vec2Ctc) -> PretrainTask | FinetuneTask:
+    amp_dtype = HALF[config.precision.name] if config.precision.amp else None
+    if isinstance(model, Wav2Vec2Ctc):
+        return FinetuneTask(
+            model,
+            seed=config.run.seed,
+            layerdrop=config.dropout.encoder_layerdrop,
+            freeze_updates=config.ctc.freeze_finetune_updates,
+            reference_padding=config.data.reference_padding,
+            amp_dtype=amp_dtype,
+        )
+    return PretrainTask(
+        model,
+        config.objective,
+        seed=config.run.seed,
+        layerdrop=config.dropout.encoder_layerdrop,
+        reference_padding=config.data.reference_padding,
+        fp32_cosine=config.precision.name == "fp32" or "cosine_sim" in config.precision.kept_in_fp32(),
+        amp_dtype=amp_dtype,
+    )
+
+
+def _build_optimizer(config: Config, model: nn.Module) -> MixedPrecisionOptimizer:
+    """Adam over all trained parameters; the trunk is a group of its own where it can be frozen."""
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault("w2v" if name.startswith("w2v.") else "head", []).append((name, parameter))
+    precision = config.precision
+    scaler = None
+    if precision.fp16:
+        scaler = LossScaler(
+            init_scale=precision.fp16_init_scale,
+            min_scale=precision.min_loss_scale,
+            window=precision.fp16_scale_window
+            or max(1, int(2**14 / distributed.world_size() / config.data.update_freq)),
+        )
+    optim = config.optim
+    return MixedPrecisionOptimizer(
+        groups, betas=optim.adam_betas, eps=optim.adam_eps, weight_decay=optim.weight_decay, scaler=scaler
+    )
+
+
+def _build_schedule(config: Config) -> Any:
+    optim = config.optim
+    settings: dict[str, float | None] = {
+        "lr": optim.lr,
+        "warmup_updates": optim.warmup_updates,
+        "hold_updates": optim.hold_updates,
+        "max_update": optim.max_update,
+        "initial_lr_scale": optim.initial_lr_scale,
+        "final_lr_scale": optim.final_lr_scale,
+    }
+    extra: dict[str, dict[str, float | None]] = {
+        "poly": {"power": optim.lr_poly_power},
+        "exp": {"lr_exp_decay": optim.lr_exp_decay},
+    }
+    return make_schedule(optim.lr_policy, **settings, **extra.get(optim.lr_policy, {}))
+
+
+def _time_mask(mask: MaskConfig) -> SpanMasking | None:
+    if mask.mask_prob == 0:
+        return None
+    return SpanMasking(
+        prob=mask.mask_prob,
+        length=mask.mask_length,
+        selection=mask.mask_selection,
+        other=mask.mask_other,
+        no_overlap=mask.no_mask_overlap,
+        min_space=mask.mask_min_space,
+    )
+
+
+def _channel_mask(mask: MaskConfig) -> SpanMasking | None:
+    if mask.mask_channel_prob == 0:
+        return None
+    return SpanMasking(
+        prob=mask.mask_channel_prob,
+        length=mask.mask_channel_length,
+        selection=mask.mask_channel_selection,
+        other=mask.mask_channel_other,
+        no_overlap=mask.no_mask_channel_overlap,
+        min_space=mask.mask_channel_min_space,
+    )
+
+
+def _build_loaders(
+    config: Config, model: Wav2Vec2Model | Wav2Vec2Ctc, device: torch.device, dictionary: Dictionary | None
+) -> tuple[TrainLoader, ValidLoader]:
+    """Training and validation data; fine-tuning has labels, pads, and does not mask in validation."""
+    data, pretraining = config.data, config.mode == "pretrain"
+    trunk = model.w2v if isinstance(model, Wav2Vec2Ctc) else model
+    folder = Path(data.data)
+
+    def manifest(subset: str) -> Any:
+        labels = None if pretraining else folder / f"{subset}.{data.labels}"
+        return read_manifest(folder / f"{subset}.tsv", labels)
+
+    shared: dict[str, Any] = {
+        "sample_rate": config.model.sample_rate,
+        "normalize": config.model.normalize,
+        "num_frames": trunk.num_frames,
+        "seed": config.run.seed,
+        "max_sentences": data.batch_size or None,
+        "encode": dictionary.encode if dictionary else None,
+        "rank": distributed.rank(),
+        "world": distributed.world_size(),
+        "num_workers": data.num_workers,
+        "pin_memory": device.type == "cuda",
+    }
+    train = train_loader(
+        manifest(data.train_subset),
+        max_tokens=data.max_tokens,
+        crop=pretraining and not data.enable_padding,
+        required_batch_size_multiple=data.required_batch_size_multiple,
+        max_sample_size=data.max_sample_size or None,
+        min_sample_size=data.min_sample_size,
+        time_mask=_time_mask(config.mask),
+        channel_mask=_channel_mask(config.mask),
+        channels=config.model.encoder_embed_dim,
+        concat=data.num_concat_batches,
+        update_freq=data.update_freq,
+        **shared,
+    )
+    valid = valid_loader(
+        manifest(data.valid_subset),
+        max_tokens=data.max_tokens_valid or data.max_tokens,
+        time_mask=_time_mask(config.mask) if pretraining else None,
+        **shared,
+    )
+    return train, valid
+
+
+def _differences(old: Any, new: Any) -> str:
+    """'name old -> new' for every option that differs, without paths and lengths of the run."""
+    before, after = _flat(asdict(old)), _flat(asdict(new))
+    return ", ".join(f"{name} {before[name]} -> {after[name]}" for name in after if before.get(name) != after[name])
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value) if isinstance(value, dict) else {name: value}
+    return found
+
+
+def _describe(run: Run, command: list[str]) -> None:
+    """Write the resolved configuration to config.json and the log, and the sizes of the run to the console."""
+    config = run.config
+    model = run.task.model
+    data = config.data
+    products = distributed.world_size(), data.num_concat_batches, data.update_freq
+    log.info(
+        "%s: %.2f M parameters (%.2f M trained), %s, %s; %d processes x %d concatenated batches x %d accumulated = "
+        "%d sub-batches per update",
+        config.mode,
+        sum(parameter.numel() for parameter in model.parameters()) / 1e6,
+        sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) / 1e6,
+        run.device,
+        config.precision.name,
+        *products,
+        int(np.prod(products)),
+    )
+    run.logger.describe(
+        {
+            "command": command,
+            "config": flags.to_dict(config),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+            "commit": _commit(),
+            "world_size": distributed.world_size(),
+            "device": str(run.device),
+        }
+    )
+
+
+def _commit() -> str | None:
+    """The commit of the toolkit, where it runs from a git checkout."""
+    root = Path(sys.modules[__name__].__file__ or ".").parent
+    try:
+        found = subprocess.run(  # noqa: S603
+            ["git", "-C", str(root), "rev-parse", "HEAD"],  # noqa: S607
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None

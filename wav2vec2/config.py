@@ -1,0 +1,407 @@
+"""Every option of training and inference: its default, its meaning, and which values cannot work together."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import dataclass, field
+
+from common.checkpoint import default_milestones
+from common.errors import ConfigError
+from common.flags import flag
+
+PRETRAIN = ("pretrain",)
+FINETUNE = ("finetune",)
+
+FP32_OPS = ("conv_norms", "pos_conv", "transformer_layernorm", "mha_softmax", "cosine_sim")
+DEFAULT_FP32_OPS = {
+    "fp16": ("conv_norms", "pos_conv", "cosine_sim"),
+    "bf16": ("pos_conv", "cosine_sim"),
+    "fp32": (),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture. Fine-tuning and inference read it from the checkpoint."""
+
+    extractor_mode: str = flag(
+        "default",
+        "norm in the conv feature extractor: 'default' is a group norm in the first block, "
+        "'layer_norm' a layer norm in every block",
+        modes=PRETRAIN,
+        choices=("default", "layer_norm"),
+    )
+    conv_feature_layers: str = flag(
+        "[(512,10,5)]+[(512,3,2)]*4+[(512,2,2)]*2",
+        "conv blocks of the feature extractor as a list of (channels, kernel, stride); + joins, * repeats",
+        modes=PRETRAIN,
+    )
+    conv_bias: bool = flag(False, "biases in the conv feature extractor", modes=PRETRAIN)
+    encoder_layers: int = flag(12, "transformer layers (not used with an Hourglass)", modes=PRETRAIN, minimum=1)
+    encoder_embed_dim: int = flag(768, "width of the transformer", modes=PRETRAIN, minimum=1)
+    encoder_ffn_embed_dim: int = flag(3072, "width of its feed-forward blocks", modes=PRETRAIN, minimum=1)
+    encoder_attention_heads: int = flag(12, "attention heads", modes=PRETRAIN, minimum=1)
+    layer_norm_first: bool = flag(False, "pre-LN transformer (Large models)", modes=PRETRAIN)
+    hourglass_transformer: str = flag(
+        "",
+        "Hourglass '[n_pre,(n_mid,factor),n_post]': layers before, at 1/factor of the frame rate, and after; "
+        "empty is off",
+        modes=PRETRAIN,
+    )
+    hourglass_resample: str = flag(
+        "naive",
+        "how the Hourglass changes the frame rate: average and repeat, or learned projections",
+        modes=PRETRAIN,
+        choices=("naive", "linear"),
+    )
+    conv_pos: int = flag(128, "kernel of the positional convolution, in frames", modes=PRETRAIN, minimum=1)
+    conv_pos_groups: int = flag(16, "groups of the positional convolution", modes=PRETRAIN, minimum=1)
+    final_dim: int = flag(256, "width of the space in which predictions and targets meet", modes=PRETRAIN, minimum=1)
+    quantize_targets: bool = flag(True, "targets go through the Gumbel quantizer", modes=PRETRAIN)
+    latent_vars: int = flag(320, "codes per group of the quantizer", modes=PRETRAIN, minimum=1)
+    latent_groups: int = flag(2, "groups of the quantizer", modes=PRETRAIN, minimum=1)
+    latent_dim: int = flag(0, "width of a quantized target; 0 takes --final_dim", modes=PRETRAIN, minimum=0)
+    normalize: bool = flag(
+        False, "normalise every waveform to zero mean and unit variance (Large models)", modes=PRETRAIN
+    )
+    sample_rate: int = flag(16000, "sample rate of the model and of all its audio, in Hz", modes=PRETRAIN, minimum=1)
+
+    def __post_init__(self) -> None:
+        """Refuse architectures that cannot be built."""
+        self.conv_layers()
+        for name in ("encoder_attention_heads", "conv_pos_groups"):
+            if self.encoder_embed_dim % getattr(self, name):
+                raise ConfigError(
+                    f"--{name} {getattr(self, name)}: must divide --encoder_embed_dim {self.encoder_embed_dim}"
+                )
+        if self.hourglass() and self.layer_norm_first:
+            raise ConfigError(
+                "--hourglass_transformer: needs a post-LN transformer; leave it empty or drop --layer_norm_first"
+            )
+        if self.quantize_targets and self.target_dim % self.latent_groups:
+            raise ConfigError(
+                f"--latent_groups {self.latent_groups}: must divide --latent_dim (or --final_dim) {self.target_dim}"
+            )
+
+    def conv_layers(self) -> list[tuple[int, int, int]]:
+        """The conv blocks as (channels, kernel, stride) each."""
+        try:
+            layers = _evaluate_list(ast.parse(self.conv_feature_layers, mode="eval").body)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            raise ConfigError(
+                f"--conv_feature_layers {self.conv_feature_layers[:80]}: {error}; "
+                "write it as [(512,10,5)]+[(512,3,2)]*4"
+            ) from None
+        if not layers or any(len(layer) != 3 or min(layer) < 1 for layer in layers):
+            raise ConfigError(
+                f"--conv_feature_layers {self.conv_feature_layers}: "
+                "every block is (channels, kernel, stride), all 1 or more"
+            )
+        return layers
+
+    def hourglass(self) -> tuple[int, int, int, int] | None:
+        """(layers before, layers in the middle, shortening factor, layers after), or None when it is off."""
+        if not self.hourglass_transformer:
+            return None
+        number = r"\s*(\d{1,4})\s*"
+        match = re.fullmatch(rf"\s*\[{number},\s*\({number},{number}\)\s*,{number}\]\s*", self.hourglass_transformer)
+        if match is None:
+            raise ConfigError(
+                f"--hourglass_transformer {self.hourglass_transformer[:80]}: write it as [2,(8,4),2]: "
+                "layers before, (layers in the middle, shortening factor), layers after"
+            )
+        before, middle, factor, after = (int(group) for group in match.groups())
+        if factor < 1 or middle < 1:
+            raise ConfigError(
+                f"--hourglass_transformer {self.hourglass_transformer}: "
+                "needs at least one middle layer and a factor of 1 or more"
+            )
+        return before, middle, factor, after
+
+    @property
+    def target_dim(self) -> int:
+        """Width of a quantized target."""
+        return self.latent_dim or self.final_dim
+
+
+def _evaluate_list(node: ast.expr) -> list[tuple[int, int, int]]:
+    """Read lists of tuples of integers, joined by + and repeated by *; nothing else is evaluated."""
+    if isinstance(node, ast.List):
+        return [_integers(item) for item in node.elts]
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        joined = _evaluate_list(node.left) + _evaluate_list(node.right)
+    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        times = node.right.value if isinstance(node.right, ast.Constant) else None
+        if not isinstance(times, int) or not 0 <= times <= 100:
+            raise ValueError("a list can be repeated 0 to 100 times")
+        joined = _evaluate_list(node.left) * times
+    else:
+        raise ValueError("only lists of (channels, kernel, stride), + and * are understood")
+    if len(joined) > 100:
+        raise ValueError("more than 100 blocks")
+    return joined
+
+
+def _integers(node: ast.expr) -> tuple[int, int, int]:
+    values = [item.value for item in node.elts if isinstance(item, ast.Constant)] if isinstance(node, ast.Tuple) else []
+    if len(values) != 3 or not all(type(value) is int and value <= 1 << 20 for value in values):
+        raise ValueError("every block is a tuple of three integers")
+    return values[0], values[1], values[2]
+
+
+@dataclass(frozen=True)
+class DropoutConfig:
+    """Regularisation of the model during training."""
+
+    dropout: float = flag(0.1, "dropout in the transformer", minimum=0.0, maximum=1.0)
+    attention_dropout: float = flag(0.1, "dropout of attention weights", minimum=0.0, maximum=1.0)
+    activation_dropout: float = flag(
+        0.0, "dropout after the activation of the feed-forward blocks", minimum=0.0, maximum=1.0
+    )
+    encoder_layerdrop: float = flag(
+        0.0, "probability of leaving out a transformer layer in an update", minimum=0.0, maximum=1.0
+    )
+    dropout_input: float = flag(0.0, "dropout of the input of the transformer", minimum=0.0, maximum=1.0)
+    dropout_features: float = flag(
+        0.0, "dropout of the input of the quantizer", modes=PRETRAIN, minimum=0.0, maximum=1.0
+    )
+    final_dropout: float = flag(0.0, "dropout before the output projection", modes=FINETUNE, minimum=0.0, maximum=1.0)
+    feature_grad_mult: float = flag(
+        1.0, "factor on the gradient of the conv feature extractor; 0 freezes it", minimum=0.0
+    )
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """Span masking of frames (time) and of transformer inputs (channels)."""
+
+    mask_prob: float = flag(0.65, "share of frames chosen, before overlaps; 0 masks none", minimum=0.0, maximum=1.0)
+    mask_length: int = flag(10, "frames per span", minimum=1)
+    mask_selection: str = flag(
+        "static", "how span lengths are drawn", choices=("static", "uniform", "normal", "poisson")
+    )
+    mask_other: float = flag(0.0, "second parameter of --mask_selection", minimum=0.0)
+    no_mask_overlap: bool = flag(False, "spans may not overlap")
+    mask_min_space: int = flag(1, "frames between spans that may not overlap", minimum=0)
+    mask_channel_prob: float = flag(0.0, "share of channels set to zero, before overlaps", minimum=0.0, maximum=1.0)
+    mask_channel_length: int = flag(10, "channels per span", minimum=1)
+    mask_channel_selection: str = flag(
+        "static", "how channel span lengths are drawn", choices=("static", "uniform", "normal", "poisson")
+    )
+    mask_channel_other: float = flag(0.0, "second parameter of --mask_channel_selection", minimum=0.0)
+    no_mask_channel_overlap: bool = flag(False, "channel spans may not overlap")
+    mask_channel_min_space: int = flag(1, "channels between spans that may not overlap", minimum=0)
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Pre-training: contrastive task, diversity and feature penalty."""
+
+    num_negatives: int = flag(
+        100, "negatives from other masked frames of the same utterance", modes=PRETRAIN, minimum=0
+    )
+    cross_sample_negatives: int = flag(
+        0, "negatives from masked frames of all utterances of the sub-batch", modes=PRETRAIN, minimum=0
+    )
+    codebook_negatives: int = flag(0, "negatives drawn from the codebook", modes=PRETRAIN, minimum=0)
+    negatives_from_everywhere: bool = flag(
+        False, "negatives come from all frames, not only the masked ones", modes=PRETRAIN
+    )
+    logit_temp: float = flag(0.1, "temperature of the similarities", modes=PRETRAIN, minimum=1e-6)
+    latent_temp: tuple[float, ...] = flag(
+        (2.0, 0.5, 0.999995), "Gumbel temperature: start, end, factor per update", modes=PRETRAIN, nargs=3
+    )
+    loss_weights: tuple[float, ...] = flag(
+        (0.1, 10.0), "weights of the diversity term and of the feature penalty", modes=PRETRAIN, nargs=2
+    )
+
+
+@dataclass(frozen=True)
+class CtcConfig:
+    """Fine-tuning: CTC on a pre-trained model."""
+
+    w2v_path: str = flag("", "pre-trained checkpoint to start from", modes=FINETUNE, required=True, metavar="FILE")
+    freeze_finetune_updates: int = flag(
+        0, "updates at the start that train the output projection only", modes=FINETUNE, minimum=0
+    )
+    blank_weight: float = flag(0.0, "number added to (or put in place of) the blank's logit", modes=FINETUNE)
+    blank_mode: str = flag("add", "what --blank_weight does", modes=FINETUNE, choices=("add", "set"))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """File lists and batches."""
+
+    data: str = flag("", "folder with the file lists (.tsv), labels and dictionary", required=True, metavar="DIR")
+    train_subset: str = flag("train", "base name of the training file list")
+    valid_subset: str = flag("valid", "base name of the validation file list")
+    labels: str = flag("ltr", "extension of the label files", modes=FINETUNE)
+    max_tokens: int = flag(1400000, "samples per sub-batch (rows x longest)", minimum=1)
+    max_tokens_valid: int = flag(0, "the same in validation; 0 takes --max_tokens", minimum=0)
+    batch_size: int = flag(0, "rows per sub-batch at most; 0 is no limit", minimum=0)
+    required_batch_size_multiple: int = flag(8, "rows of a sub-batch above this number are a multiple of it", minimum=1)
+    num_concat_batches: int = flag(1, "sub-batches joined for one pass through the model", minimum=1)
+    update_freq: int = flag(1, "passes (micro-batches) per update and process", minimum=1)
+    max_sample_size: int = flag(0, "longer utterances are cropped to this many samples; 0 is no limit", minimum=0)
+    min_sample_size: int = flag(0, "shorter utterances are left out of training; in samples", minimum=0)
+    enable_padding: bool = flag(
+        False,
+        "pad a sub-batch to its longest utterance instead of cropping it to its shortest",
+        modes=PRETRAIN,
+    )
+    reference_padding: bool = flag(
+        False, "let padding leak through the group norm, as the original implementation does, for comparisons"
+    )
+    num_workers: int = flag(
+        2, "processes that read audio, per training process; 0 reads in the process itself", minimum=0
+    )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Adam with decoupled weight decay, and the learning rate."""
+
+    max_update: int = flag(400000, "length of the training in updates", minimum=1)
+    lr: float = flag(0.0005, "peak learning rate", minimum=0.0)
+    lr_policy: str = flag("poly", "learning rate after the warm-up", choices=("poly", "exp", "cosine", "noam"))
+    warmup_updates: int = flag(0, "updates of linear warm-up", minimum=0)
+    hold_updates: int = flag(0, "updates at the peak", minimum=0)
+    initial_lr_scale: float = flag(0.0, "learning rate at the start, as a share of --lr", minimum=0.0)
+    final_lr_scale: float = flag(0.0, "learning rate at the end, as a share of --lr", minimum=0.0)
+    lr_poly_power: float = flag(1.0, "power of the polynomial decay", minimum=0.0)
+    lr_exp_decay: float | None = flag(
+        None, "factor per update of the exponential decay; default: reach the end", minimum=0.0
+    )
+    adam_betas: tuple[float, ...] = flag((0.9, 0.98), "decay rates of Adam's moments", nargs=2)
+    adam_eps: float = flag(1e-6, "Adam's epsilon", minimum=0.0)
+    weight_decay: float = flag(0.0, "decoupled weight decay", minimum=0.0)
+    clip_norm: float = flag(0.0, "largest gradient norm; 0 is off", minimum=0.0)
+    ema: float = flag(
+        0.0,
+        "decay of the moving average of weights used in validation and 'best'; 0 is off",
+        minimum=0.0,
+        maximum=1.0,
+    )
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Number formats."""
+
+    fp16: bool = flag(False, "half-precision model with fp32 master weights (O2) and dynamic loss scaling")
+    bf16: bool = flag(False, "bfloat16 model with fp32 master weights (O2)")
+    amp: bool = flag(False, "with --fp16 or --bf16: autocast over fp32 weights instead of O2")
+    fp32_ops: tuple[str, ...] | None = flag(
+        None,
+        f"operations kept in fp32 under O2, of: {', '.join(FP32_OPS)}, none (default: by precision)",
+        nargs="+",
+    )
+    fp16_init_scale: float = flag(128.0, "first loss scale of fp16", minimum=1e-4)
+    fp16_scale_window: int = flag(
+        0,
+        "updates without overflow before the loss scale doubles; 0: 16384 / processes / --update_freq",
+        minimum=0,
+    )
+    min_loss_scale: float = flag(1e-4, "training stops when the loss scale would fall to this", minimum=0.0)
+    allow_tf32: bool = flag(True, "TF32 for fp32 matrix products on CUDA devices that have it")
+
+    @property
+    def name(self) -> str:
+        """The working precision: fp32, fp16 or bf16."""
+        return "fp16" if self.fp16 else "bf16" if self.bf16 else "fp32"
+
+    def kept_in_fp32(self) -> tuple[str, ...]:
+        """Operations that stay in fp32 under O2."""
+        if self.fp32_ops is None:
+            return DEFAULT_FP32_OPS[self.name]
+        return () if self.fp32_ops == ("none",) else self.fp32_ops
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where and how a run goes on."""
+
+    output_dir: str = flag("", "folder for checkpoints and logs", required=True, metavar="DIR")
+    device: str = flag("auto", "where to train; auto takes CUDA when there is one", choices=("auto", "cuda", "cpu"))
+    seed: int = flag(1, "random seed of weights, masks, negatives, crops and order", minimum=0)
+    resume: bool = flag(False, "go on from the newest valid checkpoint of --output_dir")
+    save: bool = flag(True, "write checkpoints")
+    save_frequency: int = flag(1, "epochs between checkpoints", minimum=1)
+    save_interval_updates: int = flag(0, "updates between checkpoints, besides; 0 is off", minimum=0)
+    keep_milestones: tuple[int, ...] | None = flag(
+        None,
+        "updates whose checkpoints are kept for good (default: every quarter of --max_update)",
+        nargs="+",
+    )
+    validate_frequency: int = flag(1, "epochs between validations", minimum=1)
+    validate_interval_updates: int = flag(0, "updates between validations, besides; 0 is off", minimum=0)
+    log_frequency: int = flag(10, "updates between lines of the log", minimum=1)
+    num_epochs: int = flag(0, "stop after this many epochs, for benchmarks; 0 trains to --max_update", minimum=0)
+    num_warmup_epochs: int = flag(0, "epochs left out of the benchmark's averages", minimum=0)
+    bucket_cap_mb: int = flag(25, "size of DDP's gradient buckets in MiB", minimum=1)
+    debug: bool = flag(False, "show tracebacks of errors")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The resolved configuration of a training run."""
+
+    mode: str
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dropout: DropoutConfig = field(default_factory=DropoutConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    ctc: CtcConfig = field(default_factory=CtcConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def milestones(self) -> tuple[int, ...]:
+        """Updates whose checkpoints are kept for good."""
+        if self.run.keep_milestones is not None:
+            return self.run.keep_milestones
+        return default_milestones(self.optim.max_update)
+
+
+TRAIN_SECTIONS = {
+    "model": ModelConfig,
+    "dropout": DropoutConfig,
+    "mask": MaskConfig,
+    "objective": ObjectiveConfig,
+    "ctc": CtcConfig,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "precision": PrecisionConfig,
+    "run": RunConfig,
+}
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """Transcribing and scoring with a fine-tuned model."""
+
+    w2v_path: str = flag("", "fine-tuned checkpoint", required=True, metavar="FILE")
+    data: str = flag("", "folder with the file list and labels of --valid_subset", metavar="DIR")
+    valid_subset: str = flag("", "base name of the file list to score")
+    labels: str = flag("ltr", "extension of the label file")
+    transcribe_wav: str = flag("", "transcribe one audio file", metavar="FILE")
+    transcribe_filelist: str = flag("", "transcribe the files of a .tsv list, without labels", metavar="FILE")
+    output_dir: str = flag("", "folder for the log and for saved results without a folder of their own", metavar="DIR")
+    save_predictions: str = flag("", "write utterance ids and transcripts, separated by a tab", metavar="FILE")
+    save_logits: str = flag("", "write utterance ids, lengths and log-probabilities (torch file)", metavar="FILE")
+    batch_size: int = flag(8, "utterances per batch", minimum=1)
+    num_workers: int = flag(2, "processes that read audio; 0 reads in the process itself", minimum=0)
+    device: str = flag("auto", "where to run; auto takes CUDA when there is one", choices=("auto", "cuda", "cpu"))
+    fp16: bool = flag(False, "half-precision model")
+    bf16: bool = flag(False, "bfloat16 model")
+    reference_padding: bool = flag(
+        False, "let padding leak through the group norm, as the original implementation does"
+    )
+    ema: bool = flag(True, "use the averaged weights when the checkpoint has them")
+    num_repeats: int = flag(1, "passes over the data, for benchmarks", minimum=1)
+    num_warmup_repeats: int = flag(0, "passes before them that are not timed", minimum=0)
+    warmup_steps: int = flag(0, "batches at the start that are left out of the latencies", minimum=0)
+    debug: bool = flag(False, "show tracebacks of errors")

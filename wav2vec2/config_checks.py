@@ -1,0 +1,115 @@
+"""Which options cannot work together, and which would have no effect."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from common.errors import ConfigError
+from wav2vec2.config import FP32_OPS, Config, InferenceConfig, PrecisionConfig
+
+
+def check_train_config(config: Config, explicit: Collection[str]) -> None:
+    """Refuse combinations that cannot work, and flags that would have no effect. Raises ConfigError."""
+    _check_precision(config.precision, explicit)
+    _check_objective(config, explicit)
+    _check_paths(config)
+    _check_effects(config, explicit)
+
+
+def _check_precision(precision: PrecisionConfig, explicit: Collection[str]) -> None:
+    if precision.fp16 and precision.bf16:
+        raise ConfigError("--fp16 --bf16: only one of them can be used; drop one")
+    if precision.amp and precision.name == "fp32":
+        raise ConfigError("--amp: needs --bf16 or --fp16 beside it")
+    if "fp32_ops" in explicit:
+        if precision.name == "fp32" or precision.amp:
+            raise ConfigError("--fp32_ops: has an effect only with --fp16 or --bf16 and without --amp; drop it")
+        unknown = set(precision.fp32_ops or ()) - {*FP32_OPS, "none"}
+        if unknown or ("none" in (precision.fp32_ops or ()) and precision.fp32_ops != ("none",)):
+            raise ConfigError(
+                f"--fp32_ops {' '.join(precision.fp32_ops or ())}: takes some of {', '.join(FP32_OPS)}, or none alone"
+            )
+    for name in ("fp16_init_scale", "fp16_scale_window", "min_loss_scale"):
+        if name in explicit and not precision.fp16:
+            raise ConfigError(f"--{name}: has an effect only with --fp16; drop it")
+
+
+def _check_objective(config: Config, explicit: Collection[str]) -> None:
+    if config.mode == "finetune":
+        if config.ctc.freeze_finetune_updates >= config.optim.max_update:
+            raise ConfigError(
+                f"--freeze_finetune_updates {config.ctc.freeze_finetune_updates}: the encoder would never train in "
+                f"--max_update {config.optim.max_update} updates; lower it"
+            )
+        return
+    objective = config.objective
+    if objective.num_negatives + objective.cross_sample_negatives + objective.codebook_negatives == 0:
+        raise ConfigError("--num_negatives 0: there would be no negatives at all; set some")
+    if config.mask.mask_prob == 0:
+        raise ConfigError("--mask_prob 0: pre-training predicts masked frames; set it above 0")
+    if not config.model.quantize_targets:
+        for name in ("latent_vars", "latent_groups", "latent_dim", "latent_temp"):
+            if name in explicit:
+                raise ConfigError(f"--{name}: has no effect with --no_quantize_targets; drop it")
+        if objective.codebook_negatives:
+            raise ConfigError("--codebook_negatives: needs the quantizer; drop it or --no_quantize_targets")
+    start, end, factor = objective.latent_temp
+    if not (start >= end > 0 and 0 < factor <= 1):
+        raise ConfigError(f"--latent_temp {start} {end} {factor}: needs start >= end > 0 and a factor in (0, 1]")
+
+
+def _check_paths(config: Config) -> None:
+    if not Path(config.data.data).is_dir():
+        raise ConfigError(
+            f"--data {config.data.data}: no such folder; make file lists with scripts/generate_filelists.sh"
+        )
+    if config.mode == "finetune" and not Path(config.ctc.w2v_path).is_file():
+        raise ConfigError(f"--w2v_path {config.ctc.w2v_path}: no such file; pre-train first or download a model")
+
+
+def _check_effects(config: Config, explicit: Collection[str]) -> None:
+    needs = {
+        "encoder_layers": (not config.model.hourglass_transformer, "without --hourglass_transformer"),
+        "hourglass_resample": (bool(config.model.hourglass_transformer), "with --hourglass_transformer"),
+        "lr_poly_power": (config.optim.lr_policy == "poly", "with --lr_policy poly"),
+        "lr_exp_decay": (config.optim.lr_policy == "exp", "with --lr_policy exp"),
+        "mask_min_space": (config.mask.no_mask_overlap, "with --no_mask_overlap"),
+        "mask_channel_min_space": (config.mask.no_mask_channel_overlap, "with --no_mask_channel_overlap"),
+        "mask_other": (
+            config.mask.mask_selection in ("uniform", "normal"),
+            "with --mask_selection uniform or normal",
+        ),
+        "mask_channel_other": (
+            config.mask.mask_channel_selection in ("uniform", "normal"),
+            "with --mask_channel_selection uniform or normal",
+        ),
+        "blank_mode": (config.ctc.blank_weight != 0, "with --blank_weight"),
+        "num_warmup_epochs": (config.run.num_epochs > 0, "with --num_epochs"),
+    }
+    for name, (has_effect, condition) in needs.items():
+        if name in explicit and not has_effect:
+            raise ConfigError(f"--{name}: has an effect only {condition}; drop it")
+
+
+def check_inference_config(config: InferenceConfig, explicit: Collection[str]) -> None:
+    """The same for inference. Raises ConfigError."""
+    if config.fp16 and config.bf16:
+        raise ConfigError("--fp16 --bf16: only one of them can be used; drop one")
+    inputs = {
+        "valid_subset": config.valid_subset,
+        "transcribe_wav": config.transcribe_wav,
+        "transcribe_filelist": config.transcribe_filelist,
+    }
+    given = [f"--{name}" for name, value in inputs.items() if value]
+    if len(given) != 1:
+        raise ConfigError(
+            f"{' '.join(given) or '--valid_subset'}: give exactly one of --valid_subset (to score it), "
+            "--transcribe_wav and --transcribe_filelist"
+        )
+    if config.valid_subset and not Path(config.data).is_dir():
+        raise ConfigError(f"--data {config.data}: no such folder; it holds the file list of --valid_subset")
+    for name in ("data", "labels"):
+        if name in explicit and not config.valid_subset:
+            raise ConfigError(f"--{name}: has an effect only with --valid_subset; drop it")

@@ -1,0 +1,65 @@
+"""One pass over a validation set, shared by train.py and inference.py."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from common.data.collate import Batch
+from common.labels import Dictionary
+from common.metrics import Metrics
+from wav2vec2 import decoding
+from wav2vec2.logging import REDUCTIONS, summarize
+from wav2vec2.task import FinetuneTask, PretrainTask
+
+
+@torch.no_grad()
+def evaluate(
+    task: PretrainTask | FinetuneTask, batches: Iterable[Batch], device: torch.device, dictionary: Dictionary | None
+) -> dict[str, float]:
+    """Logged values over all batches of all ranks; every rank must call it, also with no batches of its own.
+
+    Pre-training: the losses with masks, negatives and arg-max codes that are the same in every validation.
+    Fine-tuning: the CTC loss and, by greedy decoding, the error rates.
+    """
+    metrics = Metrics(REDUCTIONS)
+    training = task.training
+    task.eval()
+    count = torch.ones((), device=device)
+    for batch in batches:
+        moved = batch.to(device)
+        if isinstance(task, PretrainTask):
+            _, stats = task(moved, count)
+            metrics.add(stats)
+        else:
+            _, stats, logits_BTK = task.losses(moved)
+            metrics.add(stats)
+            if dictionary is None:
+                raise ValueError("fine-tuning is evaluated with its dictionary")
+            ids, blanks = decoding.greedy(logits_BTK, batch.frame_lengths)
+            metrics.add({"blank_frames": float(blanks), **score(batch, ids, dictionary)})
+    task.train(training)
+    sums = metrics.reduce(device)
+    return summarize(
+        {"ntokens": 0.0, "nsentences": 0.0, "nframes": 0.0, "loss": 0.0, "correct": 0.0} | sums, _mode(task)
+    )
+
+
+def score(batch: Batch, ids: list[list[int]], dictionary: Dictionary) -> dict[str, float]:
+    """Letter and word errors of one batch."""
+    labels = [row[:length] for row, length in zip(batch.labels_BL.tolist(), batch.label_lengths, strict=True)]
+    c_errors, c_total = decoding.symbol_errors(labels, ids)
+    references, hypotheses = ([dictionary.decode(row) for row in rows] for rows in (labels, ids))
+    w_errors, w_total = decoding.word_errors(references, hypotheses)
+    return {
+        "c_errors": float(c_errors),
+        "c_total": float(c_total),
+        "w_errors": float(w_errors),
+        "w_total": float(w_total),
+    }
+
+
+def _mode(task: PretrainTask | FinetuneTask) -> str:
+    return "pretrain" if isinstance(task, PretrainTask) else "finetune"

@@ -1,0 +1,496 @@
+"""wav2vec 2.0 (Baevski et al. 2020), in the order of the paper, with the Hourglass transformer (Nawrot et al. 2021).
+
+waveform [B, S] -> conv feature extractor [B, C, T] -> layer norm, projection [B, T, D] -> masking -> transformer
+encoder [B, T, D]; pre-training adds the Gumbel quantizer and the two projections in which predictions and targets
+meet, fine-tuning one output projection. Modules compute in the type of their own weights.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wav2vec2.attention import LayerNorm, SelfAttention, valid_positions
+from wav2vec2.config import DropoutConfig, ModelConfig
+
+
+def num_frames(samples: Any, conv_layers: Sequence[tuple[int, int, int]]) -> Any:
+    """Frames that a waveform gives: floor((n - kernel) / stride) + 1, layer by layer.
+
+    Works on integers, NumPy arrays and tensors. The result is below 1 for a waveform shorter than the receptive field.
+    """
+    for _, kernel, stride in conv_layers:
+        samples = (samples - kernel) // stride + 1
+    return samples
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Section 2: the feature encoder
+
+
+class ScaleGradient(torch.autograd.Function):
+    """Identity whose gradient is multiplied by a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        """Return x."""
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """Scale the gradient."""
+        return gradients[0] * ctx.factor, None
+
+
+class ChannelNorm(nn.GroupNorm):
+    """Group norm with one group per channel, over the valid frames of each utterance only.
+
+    With `lengths_B` a row never sees its padding, so that its result does not depend on what it is batched with.
+    """
+
+    def forward(self, x_BCT: Tensor, lengths_B: Tensor | None = None) -> Tensor:
+        """Normalise every channel over time; `lengths_B` are valid frames per row, None when all are."""
+        x = x_BCT.to(self.weight.dtype)
+        if lengths_B is None:
+            return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps).to(x_BCT.dtype)
+        valid_B1T = valid_positions(lengths_B, x.shape[-1])[:, None]
+        count_B11 = lengths_B[:, None, None]
+        mean_BC1 = (x * valid_B1T).sum(-1, keepdim=True) / count_B11
+        variance_BC1 = ((x - mean_BC1).square() * valid_B1T).sum(-1, keepdim=True) / count_B11
+        x = (x - mean_BC1) * torch.rsqrt(variance_BC1 + self.eps) * self.weight[:, None] + self.bias[:, None]
+        return x.to(x_BCT.dtype)
+
+
+class ConvBlock(nn.Module):
+    """Convolution, norm (of channels over time, of frames over channels, or none), GELU."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, *, norm: str | None, bias: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(inputs, outputs, kernel, stride, bias=bias)
+        nn.init.kaiming_normal_(self.conv.weight)
+        self.norm: nn.Module | None = None
+        if norm == "channel":
+            self.norm = ChannelNorm(outputs, outputs)
+        elif norm == "frame":
+            self.norm = LayerNorm(outputs)
+
+    def forward(self, x_BCT: Tensor, lengths_B: Tensor | None = None) -> Tensor:
+        """[B, inputs, T] -> [B, outputs, T']; `lengths_B` are the valid output frames, for the channel norm."""
+        x = self.conv(x_BCT)
+        if isinstance(self.norm, ChannelNorm):
+            x = self.norm(x, lengths_B)
+        elif self.norm is not None:
+            x = self.norm(x.transpose(1, 2)).transpose(1, 2)
+        return F.gelu(x)
+
+
+class FeatureExtractor(nn.Module):
+    """Seven conv blocks: one frame every 20 ms from 25 ms of 16 kHz audio."""
+
+    def __init__(self, conv_layers: Sequence[tuple[int, int, int]], *, mode: str, bias: bool) -> None:
+        super().__init__()
+        self.conv_layers = list(conv_layers)
+        self.blocks = nn.ModuleList()
+        inputs = 1
+        for index, (outputs, kernel, stride) in enumerate(conv_layers):
+            norm = "frame" if mode == "layer_norm" else "channel" if index == 0 else None
+            self.blocks.append(ConvBlock(inputs, outputs, kernel, stride, norm=norm, bias=bias))
+            inputs = outputs
+
+    def forward(self, audio_BS: Tensor, lengths_B: Tensor | None = None) -> Tensor:
+        """[B, S] -> [B, C, T]; `lengths_B` are the samples over which each row is normalised, None for all of them."""
+        x = audio_BS.to(self.blocks[0].conv.weight.dtype)[:, None]
+        first = None if lengths_B is None else num_frames(lengths_B, self.conv_layers[:1])
+        for index, block in enumerate(self.blocks):
+            x = block(x, first if index == 0 else None)
+        return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Section 2: contextualized representations with transformers
+
+
+class PositionalConv(nn.Module):
+    """Relative positions by a grouped convolution over time, weight-normed per kernel tap, then GELU."""
+
+    def __init__(self, dim: int, kernel: int, groups: int) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.groups = groups
+        self.weight_v = nn.Parameter(torch.randn(dim, dim // groups, kernel) * math.sqrt(4 / (kernel * dim)))
+        self.weight_g = nn.Parameter(self.weight_v.detach().norm(dim=(0, 1), keepdim=True))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        weight = self.weight_v * (self.weight_g / self.weight_v.norm(dim=(0, 1), keepdim=True))
+        x = x_BTD.to(weight.dtype).transpose(1, 2)
+        x = F.conv1d(x, weight, self.bias, padding=self.kernel // 2, groups=self.groups)
+        if self.kernel % 2 == 0:
+            x = x[..., :-1]  # an even kernel gives one frame too many
+        return F.gelu(x).transpose(1, 2).to(x_BTD.dtype)
+
+
+class TransformerLayer(nn.Module):
+    """Self-attention and a feed-forward block, each with a residual; the norm stands before or after them."""
+
+    def __init__(self, config: ModelConfig, dropout: DropoutConfig, *, fp32_softmax: bool = False) -> None:
+        super().__init__()
+        dim = config.encoder_embed_dim
+        self.layer_norm_first = config.layer_norm_first
+        self.self_attn = SelfAttention(
+            dim, config.encoder_attention_heads, dropout=dropout.attention_dropout, fp32_softmax=fp32_softmax
+        )
+        self.self_attn_layer_norm = LayerNorm(dim)
+        self.fc1 = nn.Linear(dim, config.encoder_ffn_embed_dim)
+        self.fc2 = nn.Linear(config.encoder_ffn_embed_dim, dim)
+        self.final_layer_norm = LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout.dropout)
+        self.activation_dropout = nn.Dropout(dropout.activation_dropout)
+
+    def forward(self, x_BTD: Tensor, keys_B11T: Tensor | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D]; `keys_B11T` is False on padding."""
+        if self.layer_norm_first:
+            x_BTD = x_BTD + self.dropout(self.self_attn(self.self_attn_layer_norm(x_BTD), keys_B11T))
+            return x_BTD + self._feed_forward(self.final_layer_norm(x_BTD))
+        x_BTD = self.self_attn_layer_norm(x_BTD + self.dropout(self.self_attn(x_BTD, keys_B11T)))
+        return self.final_layer_norm(x_BTD + self._feed_forward(x_BTD))
+
+    def _feed_forward(self, x_BTD: Tensor) -> Tensor:
+        return self.dropout(self.fc2(self.activation_dropout(F.gelu(self.fc1(x_BTD)))))
+
+
+class Downsample(nn.Module):
+    """Shorten a sequence by a factor: the mean of neighbours, or a projection of them side by side."""
+
+    def __init__(self, dim: int, factor: int, method: str) -> None:
+        super().__init__()
+        self.factor = factor
+        self.linear = nn.Linear(factor * dim, dim) if method == "linear" else None
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """[B, P x factor, D] -> [B, P, D]."""
+        x_BPfD = x_BTD.unflatten(1, (-1, self.factor))
+        return x_BPfD.mean(2) if self.linear is None else self.linear(x_BPfD.flatten(2))
+
+
+class Upsample(nn.Module):
+    """Lengthen a sequence by a factor: repeat every frame, or project it to several."""
+
+    def __init__(self, dim: int, factor: int, method: str) -> None:
+        super().__init__()
+        self.factor = factor
+        self.linear = nn.Linear(dim, factor * dim) if method == "linear" else None
+
+    def forward(self, x_BPD: Tensor) -> Tensor:
+        """[B, P, D] -> [B, P x factor, D]."""
+        if self.linear is None:
+            return x_BPD.repeat_interleave(self.factor, dim=1)
+        return self.linear(x_BPD).unflatten(2, (self.factor, -1)).flatten(1, 2)
+
+
+class TransformerEncoder(nn.Module):
+    """Positional convolution and transformer layers; with the Hourglass most of them at a lower frame rate."""
+
+    def __init__(self, config: ModelConfig, dropout: DropoutConfig, *, fp32_softmax: bool = False) -> None:
+        super().__init__()
+        dim = config.encoder_embed_dim
+        hourglass = config.hourglass()
+        before, middle, factor, after = hourglass or (config.encoder_layers, 0, 1, 0)
+
+        def stack(number: int) -> nn.ModuleList:
+            return nn.ModuleList(TransformerLayer(config, dropout, fp32_softmax=fp32_softmax) for _ in range(number))
+
+        self.factor = factor
+        self.layer_norm_first = config.layer_norm_first
+        self.pos_conv = PositionalConv(dim, config.conv_pos, config.conv_pos_groups)
+        self.layer_norm = LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout.dropout)
+        self.layers = stack(before)
+        if hourglass:
+            self.downsample = Downsample(dim, factor, config.hourglass_resample)
+            self.hourglass_layers = stack(middle)
+            self.upsample = Upsample(dim, factor, config.hourglass_resample)
+            self.post_layers = stack(after)
+        self.has_hourglass = hourglass is not None
+        self.num_layers = before + middle + after
+        self.kept = [True] * self.num_layers  # LayerDrop's draw of this update, set by the task
+        self.apply(_init_transformer)
+
+    def forward(self, x_BTD: Tensor, lengths_B: Tensor | None = None, layer: int | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D].
+
+        `lengths_B` are valid frames per row (None when nothing is padded). With `layer` the result is that of the layer
+        with this index, without a final norm; inside the Hourglass only layers after the lengthening can be asked for.
+        """
+        if layer is not None and self.has_hourglass and layer < self.num_layers - len(self.post_layers):
+            raise ValueError(f"layer {layer}: lies before the end of the Hourglass; ask for a later one")
+        valid_BT = None if lengths_B is None else valid_positions(lengths_B, x_BTD.shape[1])
+        x_BTD = _zero_padding(x_BTD, valid_BT)
+        x_BTD = x_BTD + self.pos_conv(x_BTD)
+        if not self.layer_norm_first:
+            x_BTD = self.layer_norm(x_BTD)
+        x_BTD = self.dropout(x_BTD)
+        x_BTD = self._run(self.layers, x_BTD, valid_BT, 0, layer)
+        if self.has_hourglass:
+            x_BTD = x_BTD + self._hourglass(x_BTD, valid_BT)
+            x_BTD = self._run(self.post_layers, x_BTD, valid_BT, self.num_layers - len(self.post_layers), layer)
+        if self.layer_norm_first and layer is None:
+            x_BTD = self.layer_norm(x_BTD)
+        return x_BTD
+
+    def _hourglass(self, x_BTD: Tensor, valid_BT: Tensor | None) -> Tensor:
+        """The middle layers on the shortened sequence, brought back to the length of x."""
+        T = x_BTD.shape[1]
+        pad = -T % self.factor
+        # Padding must not enter the last pooled frame of a row: it counts as zeros there, as behind a row run alone.
+        x_BPD = self.downsample(F.pad(_zero_padding(x_BTD, valid_BT), (0, 0, 0, pad)))
+        valid_BP = None
+        if valid_BT is not None:
+            valid_BP = F.pad(valid_BT, (0, pad)).unflatten(1, (-1, self.factor)).any(-1)
+        x_BPD = self._run(self.hourglass_layers, x_BPD, valid_BP, len(self.layers), None)
+        return self.upsample(x_BPD)[:, :T]
+
+    def _run(
+        self, layers: nn.ModuleList, x_BTD: Tensor, valid_BT: Tensor | None, first: int, last: int | None
+    ) -> Tensor:
+        keys_B11T = None if valid_BT is None else valid_BT[:, None, None]
+        for index, layer in enumerate(layers, start=first):
+            if last is not None and index > last:
+                break
+            if self.training and not self.kept[index]:
+                x_BTD = touch(x_BTD, layer)
+            else:
+                x_BTD = layer(x_BTD, keys_B11T)
+        return x_BTD
+
+
+def touch(x: Tensor, module: nn.Module) -> Tensor:
+    """x, with every parameter of the module in its graph, at gradient 0: plain DDP waits for all of them."""
+    zero = sum(parameter.flatten()[0] * 0 for parameter in module.parameters() if parameter.requires_grad)
+    return x + zero.to(x.dtype) if isinstance(zero, Tensor) else x
+
+
+def _zero_padding(x_BTD: Tensor, valid_BT: Tensor | None) -> Tensor:
+    return x_BTD if valid_BT is None else x_BTD * valid_BT[..., None].to(x_BTD.dtype)
+
+
+def _init_transformer(module: nn.Module) -> None:
+    """BERT's initialisation of the linear layers."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Section 2: the quantization module
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Targets of R frames: vectors [R, target_dim], chosen codes [R, G] and the logits [R, G, V] behind them."""
+
+    vectors_RD: Tensor
+    codes_RG: Tensor
+    logits_RGV: Tensor
+
+
+class GumbelQuantizer(nn.Module):
+    """Product quantization: one code of every group, chosen by a straight-through Gumbel softmax."""
+
+    def __init__(self, inputs: int, *, groups: int, codes: int, outputs: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.codes = codes
+        self.temperature = 1.0  # set by the task at every update
+        self.vars = nn.Parameter(torch.rand(1, groups * codes, outputs // groups))
+        self.weight_proj = nn.Linear(inputs, groups * codes)
+        nn.init.normal_(self.weight_proj.weight)
+        nn.init.zeros_(self.weight_proj.bias)
+
+    def forward(self, x_RC: Tensor, noise_RGV: Tensor | None = None) -> Quantized:
+        """Quantize R frames; with Gumbel noise as in training (equation 1), without by arg-max."""
+        logits_RGV = at_least_fp32(self.weight_proj(x_RC)).unflatten(-1, (self.groups, self.codes))
+        if noise_RGV is None:
+            codes_RG = logits_RGV.argmax(-1)
+            choice_RGV = F.one_hot(codes_RG, self.codes).to(self.vars.dtype)
+        else:
+            soft_RGV = torch.softmax((logits_RGV + noise_RGV) / self.temperature, -1)
+            codes_RG = soft_RGV.argmax(-1)
+            hard_RGV = F.one_hot(codes_RG, self.codes)
+            choice_RGV = (soft_RGV + (hard_RGV - soft_RGV).detach()).to(self.vars.dtype)
+        return Quantized(self._look_up(choice_RGV), codes_RG, logits_RGV)
+
+    def look_up(self, codes_RG: Tensor) -> Tensor:
+        """The vectors [R, target_dim] of given codes."""
+        return self._look_up(F.one_hot(codes_RG, self.codes).to(self.vars.dtype))
+
+    def _look_up(self, choice_RGV: Tensor) -> Tensor:
+        book_GVd = self.vars.view(self.groups, self.codes, -1)
+        return torch.einsum("rgv,gvd->rgd", choice_RGV, book_GVd).flatten(1)
+
+    def joint_codes(self, codes_RG: Tensor) -> Tensor:
+        """One number [R] for the codes of all groups: sum of code_g V^(G-1-g)."""
+        powers_G = self.codes ** torch.arange(self.groups - 1, -1, -1, device=codes_RG.device)
+        return (codes_RG * powers_G).sum(-1)
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x in float32, or as it is in float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The models
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the trunk gives: contextualized frames, and the stages that the losses need."""
+
+    x_BTD: Tensor
+    features_BTC: Tensor  # layer-normed, before masking: the targets
+    conv_features_BCT: Tensor
+    frame_lengths_B: Tensor | None  # None when nothing is padded
+
+
+class Wav2Vec2Model(nn.Module):
+    """The trunk, and with `pretraining` the quantizer and the projections of the contrastive task."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dropout: DropoutConfig,
+        *,
+        pretraining: bool = True,
+        fp32_softmax: bool = False,
+    ) -> None:
+        super().__init__()
+        conv_layers = config.conv_layers()
+        channels, dim = conv_layers[-1][0], config.encoder_embed_dim
+        self.feature_grad_mult = dropout.feature_grad_mult
+        self.feature_extractor = FeatureExtractor(conv_layers, mode=config.extractor_mode, bias=config.conv_bias)
+        self.layer_norm = LayerNorm(channels)
+        self.post_extract_proj = nn.Linear(channels, dim) if channels != dim else nn.Identity()
+        self.dropout_input = nn.Dropout(dropout.dropout_input)
+        self.mask_emb = nn.Parameter(torch.rand(dim))
+        self.encoder = TransformerEncoder(config, dropout, fp32_softmax=fp32_softmax)
+        if pretraining:
+            self.dropout_features = nn.Dropout(dropout.dropout_features)
+            self.quantizer = (
+                GumbelQuantizer(
+                    channels, groups=config.latent_groups, codes=config.latent_vars, outputs=config.target_dim
+                )
+                if config.quantize_targets
+                else None
+            )
+            self.project_q = nn.Linear(config.target_dim if config.quantize_targets else channels, config.final_dim)
+            self.final_proj = nn.Linear(dim, config.final_dim)
+        if self.feature_grad_mult == 0:
+            self.feature_extractor.requires_grad_(False)
+
+    def num_frames(self, samples: Any) -> Any:
+        """Frames of a waveform of so many samples."""
+        return num_frames(samples, self.feature_extractor.conv_layers)
+
+    def forward(
+        self,
+        audio_BS: Tensor,
+        lengths_B: Tensor | None = None,
+        *,
+        norm_lengths_B: Tensor | None = None,
+        mask_BT: Tensor | None = None,
+        channel_mask_BD: Tensor | None = None,
+        layer: int | None = None,
+    ) -> Encoded:
+        """Encode waveforms.
+
+        `lengths_B`: valid samples per row, None when nothing is padded. `norm_lengths_B`: samples over which the
+        channel norm averages, None for the whole row: give it `lengths_B` for results that no padding can change.
+        `mask_BT`: frames to hide behind the mask embedding; `channel_mask_BD`: channels to set to zero.
+        `layer`: see TransformerEncoder.
+        """
+        conv_BCT = self._extract(audio_BS, norm_lengths_B)
+        features_BTC = self.layer_norm(conv_BCT.transpose(1, 2))
+        x_BTD = self.dropout_input(self.post_extract_proj(features_BTC))
+        if mask_BT is not None:
+            x_BTD = torch.where(mask_BT[..., None], self.mask_emb.to(x_BTD.dtype), x_BTD)
+        if channel_mask_BD is not None:
+            x_BTD = x_BTD.masked_fill(channel_mask_BD[:, None], 0)
+        frame_lengths_B = None if lengths_B is None else self.num_frames(lengths_B)
+        x_BTD = self.encoder(x_BTD, frame_lengths_B, layer)
+        return Encoded(x_BTD, features_BTC, conv_BCT, frame_lengths_B)
+
+    def _extract(self, audio_BS: Tensor, norm_lengths_B: Tensor | None) -> Tensor:
+        """Conv features [B, C, T], with the gradient scaled by feature_grad_mult."""
+        with torch.no_grad() if self.feature_grad_mult == 0 else nullcontext():
+            conv_BCT = self.feature_extractor(audio_BS, norm_lengths_B)
+        if self.feature_grad_mult not in (0, 1):
+            conv_BCT = ScaleGradient.apply(conv_BCT, self.feature_grad_mult)
+        return conv_BCT
+
+    def quantize(self, features_RC: Tensor, noise_RGV: Tensor | None = None) -> tuple[Tensor, Quantized | None]:
+        """Targets [R, final_dim] of R unmasked frames, and what the quantizer chose (None without one)."""
+        features_RC = self.dropout_features(features_RC)
+        if self.quantizer is None:
+            return self.project_q(features_RC), None
+        quantized = self.quantizer(features_RC, noise_RGV)
+        return self.project_q(quantized.vectors_RD), quantized
+
+
+class Wav2Vec2Ctc(nn.Module):
+    """The trunk and a linear output layer over the symbols of a dictionary (section 3.2, fine-tuning)."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dropout: DropoutConfig,
+        *,
+        num_symbols: int,
+        blank_weight: float = 0.0,
+        blank_mode: str = "add",
+        fp32_softmax: bool = False,
+    ) -> None:
+        super().__init__()
+        self.w2v = Wav2Vec2Model(config, dropout, pretraining=False, fp32_softmax=fp32_softmax)
+        self.final_dropout = nn.Dropout(dropout.final_dropout)
+        self.proj = nn.Linear(config.encoder_embed_dim, num_symbols)
+        nn.init.xavier_uniform_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+        self.blank_weight = blank_weight
+        self.blank_mode = blank_mode
+        self.frozen = False  # only the output layer trains; set by the task at every update
+
+    def forward(
+        self,
+        audio_BS: Tensor,
+        lengths_B: Tensor | None = None,
+        *,
+        norm_lengths_B: Tensor | None = None,
+        mask_BT: Tensor | None = None,
+        channel_mask_BD: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, T, K] and valid frames per row [B] (None when nothing is padded)."""
+        with torch.no_grad() if self.frozen else nullcontext():
+            encoded = self.w2v(
+                audio_BS,
+                lengths_B,
+                norm_lengths_B=norm_lengths_B,
+                mask_BT=mask_BT,
+                channel_mask_BD=channel_mask_BD,
+            )
+        x_BTD = touch(encoded.x_BTD, self.w2v) if self.frozen and self.training else encoded.x_BTD
+        logits_BTK = self.proj(self.final_dropout(x_BTD))
+        if self.blank_weight:
+            blank_BT = logits_BTK[..., 0] * (self.blank_mode == "add") + self.blank_weight
+            logits_BTK = torch.cat([blank_BT[..., None], logits_BTK[..., 1:]], -1)
+        return logits_BTK, encoded.frame_lengths_B
