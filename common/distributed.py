@@ -6,6 +6,7 @@ The only reader of the launcher's environment (torchrun's RANK, WORLD_SIZE, LOCA
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Iterator
@@ -25,6 +26,12 @@ log = logging.getLogger(__name__)
 DEVICES = ("auto", "cuda", "cpu")
 # How long a rank waits for the others: rank 0 may be writing a checkpoint to a slow disk meanwhile.
 TIMEOUT = timedelta(minutes=30)
+# torch 2.13 renames the option that sends the buffers around before every forward pass.
+_BUFFER_OPTION = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    else "broadcast_buffers"
+)
 
 Object = TypeVar("Object")
 
@@ -144,10 +151,10 @@ def wrap(
     return DistributedDataParallel(
         module,
         device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,
         find_unused_parameters=False,
         gradient_as_bucket_view=True,
         bucket_cap_mb=bucket_cap_mb,
+        **{_BUFFER_OPTION: False},
     )
 
 

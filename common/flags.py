@@ -155,9 +155,7 @@ class Parser(argparse.ArgumentParser):
             raise ConfigError(f"{match[1]}: {match[2]}; see --help")
         if match := re.match(r"argument (\S+): invalid choice: '(.*?)'.* \(choose from (.*)\)", message):
             choices = match[3].replace("'", "").split(", ")
-            raise ConfigError(
-                f"{match[2]}: is no {match[1]}; choose one of {', '.join(choices)}{_nearest(match[2], choices)}"
-            )
+            raise ConfigError(f"{match[2]}: expected one of {', '.join(choices)}{_nearest(match[2], choices)}")
         if match := re.match(r"the following arguments are required: (.*)", message):
             raise ConfigError(f"{match[1]}: must be given; see --help")
         if match := re.match(r"unrecognized arguments: (\S+)", message):

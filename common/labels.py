@@ -36,8 +36,7 @@ class Dictionary:
                 raise DataError(f"{where}: {symbol} is added by the toolkit itself; remove the line")
             if symbol in first_seen:
                 raise DataError(
-                    f"{where}: {_shown(symbol)} stands in line {first_seen[symbol]} already; "
-                    "remove one of them"
+                    f"{where}: {_shown(symbol)} stands in line {first_seen[symbol]} already; remove one of them"
                 )
             first_seen[symbol] = number
             symbols.append(symbol)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import io
 import json
 import logging
 import math
@@ -23,6 +24,12 @@ from common.errors import ConfigError
 log = logging.getLogger(__name__)
 
 DURATION = "duration"
+_LEVELS = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+}
 
 Item = TypeVar("Item")
 
@@ -55,7 +62,7 @@ class MetricInfo:
 class LineWriter(Protocol):
     """A backend of DLLogger (the real JSONStreamBackend, or JsonLines)."""
 
-    file: TextIO
+    file: Any
 
     def log(
         self, timestamp: datetime, elapsedtime: float, step: tuple[int, ...] | str, data: Mapping[str, Any]
@@ -270,7 +277,7 @@ def setup_console(verbosity: str = "info", is_main: bool = True, stream: TextIO 
     May be called again: the earlier setting is replaced. `verbosity`: debug, info, warning or error;
     `stream`: standard output if not given.
     """
-    level = logging.getLevelNamesMapping()[verbosity.upper()] if is_main else logging.ERROR
+    level = _LEVELS[verbosity] if is_main else logging.ERROR
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler, _ConsoleHandler)]:
         root.removeHandler(handler)
@@ -290,8 +297,11 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stdout if self._stream is None else self._stream
-        tqdm.write(self.format(record), file=stream)
-        stream.flush()
+        try:
+            tqdm.write(self.format(record), file=stream)
+            stream.flush()
+        except OSError:  # a closed pipe must not end a run; logging itself reports it
+            self.handleError(record)
 
 
 class _ConsoleFormatter(logging.Formatter):
@@ -314,9 +324,12 @@ def _dllogger_backend() -> Any:
 
 def _end_last_line(path: Path) -> None:
     """Complete a line that a killed run left half written, so that ours begin at the start of a line."""
-    if path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-        with path.open("a", encoding="utf-8") as file:
-            file.write("\n")
+    if not path.is_file() or path.stat().st_size == 0:
+        return
+    with path.open("rb+") as file:
+        file.seek(-1, io.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
 
 
 def _open_tensorboard(folder: Path) -> Any:
@@ -324,7 +337,7 @@ def _open_tensorboard(folder: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ConfigError(
-            f"TensorBoard is not installed ({error}); pip install tensorboard, or switch it off with --no_tensorboard"
+            f"TensorBoard is not installed ({error}); install it with: pip install -r requirements.txt"
         ) from error
     return SummaryWriter(str(folder))
 

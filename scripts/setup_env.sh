@@ -9,12 +9,12 @@
 . "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
 
 OLDEST_PYTHON=3.10
-OLDEST_TORCH=2.11 # also below: NGC's 2.11.0a0 counts
+OLDEST_TORCH=2.11 # by the first two numbers: NGC's 2.11.0a0 counts
 
 requirements=requirements.txt
 case "${1:-}" in
     '') ;;
-    --dev) requirements=requirements-dev.txt ;;
+    --dev) requirements="requirements-dev.txt" ;;
     *) usage_error "$1: the only option of setup_env.sh is --dev" ;;
 esac
 
@@ -32,7 +32,7 @@ check_python() {
     fi
 }
 
-# torch_of PYTHON [INSIDE]: version and folder of its torch if that is new enough, else nothing
+# torch_of PYTHON: version and folder of its torch if that is new enough, else nothing
 torch_of() {
     "$1" - "$OLDEST_TORCH" <<'PYTHON_END'
 import importlib.metadata, re, sys
@@ -107,33 +107,31 @@ for line in pathlib.Path(path).read_text().splitlines():
 PYTHON_END
 }
 
-active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
+# is_environment PYTHON: it belongs to a virtual environment
+is_environment() { "$1" -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)'; }
+
 own=$(environment_folder)
-if [ -z "${PYTHON:-}" ] && [ -n "$active" ]; then
-    python=$active/bin/python
-    check_python "$python"
-elif [ -n "${PYTHON:-}" ] && command -v "$PYTHON" >/dev/null 2>&1 &&
-    "$PYTHON" -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)' 2>/dev/null; then
-    # PYTHON is the interpreter of an environment: that is the one to use
+active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
+if [ -n "${PYTHON:-}" ]; then check_python "$PYTHON"; fi
+if [ -n "${PYTHON:-}" ] && is_environment "$PYTHON"; then
     python=$PYTHON
-    check_python "$python"
+elif [ -z "${PYTHON:-}" ] && [ -n "$active" ]; then
+    python=$active/bin/python
 else
     python=$own/bin/python
     if ! "$python" -c '' 2>/dev/null; then
-        base=${PYTHON:-python3}
-        check_python "$base"
-        make_environment "$base" "$own"
+        check_python "${PYTHON:-python3}"
+        make_environment "${PYTHON:-python3}" "$own"
     fi
-    check_python "$python"
 fi
+check_python "$python"
 
 prefix=$("$python" -c 'import sys; print(sys.prefix)')
-files=("$ROOT/requirements.txt" "$ROOT/requirements-dev.txt" "$ROOT/constraints.txt" "$ROOT/scripts/setup_env.sh")
-state=$(fingerprint "$python" "${files[@]}")
+state=$(fingerprint "$python" "$ROOT"/requirements.txt "$ROOT"/requirements-dev.txt "$ROOT"/constraints.txt)
 stamp=$prefix/.wav2vec2-$requirements
 # the development requirements include the others
-for done in "$stamp" "$prefix/.wav2vec2-requirements-dev.txt"; do
-    if [ -f "$done" ] && [ "$(cat "$done")" = "$state" ]; then
+for installed in "$stamp" "$prefix/.wav2vec2-requirements-dev.txt"; do
+    if [ -f "$installed" ] && [ "$(cat "$installed")" = "$state" ]; then
         printf '%s\n' "$python"
         exit 0
     fi
@@ -144,9 +142,9 @@ if ! "$python" -m pip --version >/dev/null 2>&1; then
 fi
 # A torch that this script did not install stays: it may be built for the machine.
 torch=$(torch_of "$python")
-case "$torch" in
-    *" $own/"* | *" $prefix/"*) if [ "$prefix" = "$("$own/bin/python" -c 'import sys; print(sys.prefix)' 2>/dev/null)" ]; then torch=''; fi ;;
-esac
+if [ "$python" = "$own/bin/python" ]; then
+    case "${torch#* }" in "$prefix"/*) torch='' ;; esac
+fi
 pins=$prefix/wav2vec2-constraints.txt
 pin "${torch%% *}" >"$pins"
 note "Installing $requirements into $prefix${torch:+, keeping torch ${torch%% *}}"

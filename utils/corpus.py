@@ -40,12 +40,14 @@ class Speaker:
     clips: tuple[tuple[str, int, str], ...]  # utterance, samples, source
 
 
-def write_speaker(out: Path, *, speaker_id: int, sex: str, subset: str, name: str, clips: Iterable[Clip]) -> Speaker:
-    """Write all clips of one speaker, fifty to a chapter."""
+def write_speaker(
+    out: Path, *, speaker_id: int, sex: str, subset: str, name: str, clips: Iterable[Clip], first_chapter: int = 1
+) -> Speaker:
+    """Write all clips of one speaker, fifty to a chapter; chapters of one speaker must differ between subsets."""
     written: list[tuple[str, int, str]] = []
     lines: dict[str, list[str]] = {}
     for number, clip in enumerate(clips):
-        chapter = f"{speaker_id}{number // CHAPTER_SIZE + 1:03d}"
+        chapter = f"{speaker_id}{first_chapter + number // CHAPTER_SIZE:03d}"
         utterance = f"{speaker_id}-{chapter}-{number % CHAPTER_SIZE:04d}"
         folder = out / subset / str(speaker_id) / chapter
         folder.mkdir(parents=True, exist_ok=True)

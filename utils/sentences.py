@@ -1,4 +1,4 @@
-"""A small grammar of spoken commands with 64 different words, written for the synthetic corpus."""
+"""A small grammar of spoken commands of about 65 different words, written for the synthetic corpus."""
 
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations

@@ -63,7 +63,10 @@ def plan_speakers(out: Path, hours: dict[str, float], lengths: str, seed: int) -
     mean = 11.0 if lengths == "librispeech" else 1.5
     tasks: list[Task] = []
     for subset in ("train", "dev", "test"):
-        speakers = [(voice, pitch) for pitch in PITCHES for voice in shares[subset]]
+        own = shares[subset]
+        speakers = [
+            (own[i], PITCHES[(i + turn) % len(PITCHES)]) for turn in range(len(PITCHES)) for i in range(len(own))
+        ]
         limit = len(speakers) if subset == "train" else HELD_OUT
         # About a minute each while there are speakers enough, at least four of them, never one without a clip.
         wanted = min(max(4, round(hours[subset] * 60)), math.ceil(hours[subset] * 3600 / mean), limit)
@@ -135,11 +138,12 @@ class Narrator:
         return mixed / np.abs(mixed).max() * 10 ** (-self.rng.uniform(1, 14) / 20)
 
     def clips(self, seconds: float) -> Iterator[corpus.Clip]:
-        """Utterances until there are `seconds` of them."""
-        total = 0
-        while total < seconds * corpus.SAMPLE_RATE:
+        """Utterances until another one would rather overshoot `seconds`."""
+        total = last = 0
+        while total + last // 2 < seconds * corpus.SAMPLE_RATE:
             clip = self.utterance()
-            total += len(clip.wave)
+            last = len(clip.wave)
+            total += last
             yield clip
 
 

@@ -3,12 +3,14 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import json
 import logging
 import platform
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from common.schedules import make_schedule
 from wav2vec2.attention import LayerNorm
 from wav2vec2.config import Config, MaskConfig, ModelConfig
 from wav2vec2.logging import METRICS
-from wav2vec2.model import ChannelNorm, Wav2Vec2Ctc, Wav2Vec2Model
+from wav2vec2.model import ChannelNorm, Wav2Vec2Ctc, Wav2Vec2Model, num_frames
 from wav2vec2.run import Run
 from wav2vec2.task import FinetuneTask, PretrainTask
 
@@ -58,7 +60,7 @@ def build_run(config: Config, device: torch.device, command: list[str]) -> Run:
     optimizer = _build_optimizer(config, model)
     if o2:
         optimizer.load_master({name: master[name] for name in optimizer.master_weights()})
-    train, valid = _build_loaders(config, model, device, dictionary)
+    train, valid = _build_loaders(config, device, dictionary)
     run = Run(
         config=config,
         device=device,
@@ -123,7 +125,7 @@ def _open_output(config: Config) -> RunLogger:
         raise ConfigError(
             f"--output_dir {folder}: cannot be written ({error.strerror}); choose another folder"
         ) from None
-    return RunLogger(folder, metrics=METRICS, enabled=distributed.is_main())
+    return RunLogger(folder, metrics=METRICS, enabled=distributed.is_main(), total_updates=config.optim.max_update)
 
 
 def _find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
@@ -272,11 +274,10 @@ def _channel_mask(mask: MaskConfig) -> SpanMasking | None:
 
 
 def _build_loaders(
-    config: Config, model: Wav2Vec2Model | Wav2Vec2Ctc, device: torch.device, dictionary: Dictionary | None
+    config: Config, device: torch.device, dictionary: Dictionary | None
 ) -> tuple[TrainLoader, ValidLoader]:
     """Training and validation data; fine-tuning has labels, pads, and does not mask in validation."""
     data, pretraining = config.data, config.mode == "pretrain"
-    trunk = model.w2v if isinstance(model, Wav2Vec2Ctc) else model
     folder = Path(data.data)
 
     def manifest(subset: str) -> Any:
@@ -286,7 +287,7 @@ def _build_loaders(
     shared: dict[str, Any] = {
         "sample_rate": config.model.sample_rate,
         "normalize": config.model.normalize,
-        "num_frames": trunk.num_frames,
+        "num_frames": partial(num_frames, conv_layers=config.model.conv_layers()),  # sent to the workers
         "seed": config.run.seed,
         "max_sentences": data.batch_size or None,
         "encode": dictionary.encode if dictionary else None,
@@ -348,16 +349,17 @@ def _describe(run: Run, command: list[str]) -> None:
         *products,
         int(np.prod(products)),
     )
-    run.logger.describe(
-        {
-            "command": command,
-            "config": flags.to_dict(config),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-            "commit": _commit(),
-            "world_size": distributed.world_size(),
-            "device": str(run.device),
-        }
-    )
+    description = {
+        "command": command,
+        "config": flags.to_dict(config),
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},
+        "commit": _commit(),
+        "world_size": distributed.world_size(),
+        "device": str(run.device),
+    }
+    run.logger.parameters(description)
+    if distributed.is_main():
+        (Path(config.run.output_dir) / "config.json").write_text(json.dumps(description, indent=2) + "\n")
 
 
 def _commit() -> str | None:

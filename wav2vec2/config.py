@@ -240,7 +240,7 @@ class DataConfig:
     labels: str = flag("ltr", "extension of the label files", modes=FINETUNE)
     max_tokens: int = flag(1400000, "samples per sub-batch (rows x longest)", minimum=1)
     max_tokens_valid: int = flag(0, "the same in validation; 0 takes --max_tokens", minimum=0)
-    batch_size: int = flag(0, "rows per sub-batch at most; 0 is no limit", minimum=0)
+    batch_size: int = flag(0, "rows per sub-batch at most, in validation too; 0 is no limit", minimum=0)
     required_batch_size_multiple: int = flag(8, "rows of a sub-batch above this number are a multiple of it", minimum=1)
     num_concat_batches: int = flag(1, "sub-batches joined for one pass through the model", minimum=1)
     update_freq: int = flag(1, "passes (micro-batches) per update and process", minimum=1)
@@ -397,6 +397,7 @@ class InferenceConfig:
     device: str = flag("auto", "where to run; auto takes CUDA when there is one", choices=("auto", "cuda", "cpu"))
     fp16: bool = flag(False, "half-precision model")
     bf16: bool = flag(False, "bfloat16 model")
+    allow_tf32: bool = flag(True, "TF32 for fp32 matrix products on CUDA devices that have it")
     reference_padding: bool = flag(
         False, "let padding leak through the group norm, as the original implementation does"
     )

@@ -108,6 +108,12 @@ def check_inference_config(config: InferenceConfig, explicit: Collection[str]) -
             f"{' '.join(given) or '--valid_subset'}: give exactly one of --valid_subset (to score it), "
             "--transcribe_wav and --transcribe_filelist"
         )
+    for name, remedy in (("w2v_path", "fine-tune a model first"), ("transcribe_wav", "check the path")):
+        path = getattr(config, name)
+        if path and not Path(path).is_file():
+            raise ConfigError(f"--{name} {path}: no such file; {remedy}")
+    if config.save_logits and config.save_logits == config.save_predictions:
+        raise ConfigError(f"--save_logits {config.save_logits}: is the file of --save_predictions; name another one")
     if config.valid_subset and not Path(config.data).is_dir():
         raise ConfigError(f"--data {config.data}: no such folder; it holds the file list of --valid_subset")
     for name in ("data", "labels"):

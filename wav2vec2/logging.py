@@ -10,30 +10,31 @@ from common.logger import MetricInfo
 from common.metrics import Reduction
 
 METRICS: dict[str, MetricInfo] = {
-    "loss": MetricInfo("bits", ":.3f", "total loss per masked frame (pre-training) or per sentence (fine-tuning)"),
-    "loss_0": MetricInfo("bits", ":.3f", "contrastive loss per masked frame; log2(1 + negatives) is chance"),
-    "loss_1": MetricInfo("bits", ":.3f", "weighted diversity term per masked frame"),
-    "loss_2": MetricInfo("bits", ":.3f", "weighted feature penalty per masked frame"),
-    "nll_loss": MetricInfo("bits", ":.3f", "CTC loss per letter"),
+    "eta": MetricInfo("s", "duration", "time left to the last update, at the speed of this interval"),
+    "loss": MetricInfo("bits", ".3f", "total loss per masked frame (pre-training) or per sentence (fine-tuning)"),
+    "loss_0": MetricInfo("bits", ".3f", "contrastive loss per masked frame; log2(1 + negatives) is chance"),
+    "loss_1": MetricInfo("bits", ".3f", "weighted diversity term per masked frame"),
+    "loss_2": MetricInfo("bits", ".3f", "weighted feature penalty per masked frame"),
+    "nll_loss": MetricInfo("bits", ".3f", "CTC loss per letter"),
     "accuracy": MetricInfo(
-        "", ":.4f", "share of masked frames whose target is ranked first; 1 / (1 + negatives) is chance"
+        "", ".4f", "share of masked frames whose target is ranked first; 1 / (1 + negatives) is chance"
     ),
-    "code_perplexity": MetricInfo("codes", ":.1f", "codes in use: perplexity of the chosen codes, summed over groups"),
-    "prob_perplexity": MetricInfo("codes", ":.1f", "perplexity of the mean code probabilities, summed over groups"),
-    "temperature": MetricInfo("", ":.3f", "temperature of the Gumbel softmax"),
-    "uer": MetricInfo("%", ":.2f", "unit (letter) error rate, greedy decoding"),
-    "wer": MetricInfo("%", ":.2f", "word error rate, greedy decoding"),
-    "blank_share": MetricInfo("", ":.3f", "share of frames whose best symbol is the blank"),
-    "lr": MetricInfo("", ":.3e", "learning rate"),
-    "grad_norm": MetricInfo("", ":.3f", "norm of the gradient before clipping, mean over updates"),
-    "loss_scale": MetricInfo("", ":g", "loss scale of fp16"),
-    "skipped": MetricInfo("updates", ":.0f", "updates skipped since the start because fp16 overflowed"),
-    "ntokens": MetricInfo("", ":.0f", "predicted (masked) frames or target letters per update"),
-    "ntokens/s": MetricInfo("1/s", ":.0f", "predicted (masked) frames or target letters per second"),
-    "frames/s": MetricInfo("1/s", ":.0f", "frames of speech per second"),
-    "speech_rate": MetricInfo("h/h", ":.1f", "hours of speech per hour"),
-    "data_wait": MetricInfo("%", ":.1f", "share of the time spent waiting for data"),
-    "took": MetricInfo("s", ":.2f", "seconds since the last line"),
+    "code_perplexity": MetricInfo("codes", ".1f", "codes in use: perplexity of the chosen codes, summed over groups"),
+    "prob_perplexity": MetricInfo("codes", ".1f", "perplexity of the mean code probabilities, summed over groups"),
+    "temperature": MetricInfo("", ".3f", "temperature of the Gumbel softmax"),
+    "uer": MetricInfo("%", ".2f", "unit (letter) error rate, greedy decoding"),
+    "wer": MetricInfo("%", ".2f", "word error rate, greedy decoding"),
+    "blank_share": MetricInfo("", ".3f", "share of frames whose best symbol is the blank"),
+    "lr": MetricInfo("", ".3e", "learning rate"),
+    "grad_norm": MetricInfo("", ".3f", "norm of the gradient before clipping, mean over updates"),
+    "loss_scale": MetricInfo("", "g", "loss scale of fp16"),
+    "skipped": MetricInfo("updates", ".0f", "updates skipped since the start because fp16 overflowed"),
+    "ntokens": MetricInfo("", ".0f", "predicted (masked) frames or target letters per update"),
+    "ntokens/s": MetricInfo("1/s", ".0f", "predicted (masked) frames or target letters per second"),
+    "frames/s": MetricInfo("1/s", ".0f", "frames of speech per second"),
+    "speech_rate": MetricInfo("h/h", ".1f", "hours of speech per hour"),
+    "data_wait": MetricInfo("%", ".1f", "share of the time spent waiting for data"),
+    "took": MetricInfo("s", ".2f", "seconds since the last line"),
 }
 
 # What a task adds per micro-batch; every one is a sum over sub-batches.
@@ -42,7 +43,7 @@ SUMS: tuple[str, ...] = (
     *("ntokens", "nsentences", "nframes", "nsamples"),
     *("c_errors", "c_total", "w_errors", "w_total", "blank_frames"),
 )
-REDUCTIONS: dict[str, Reduction] = {**dict.fromkeys(SUMS, "sum"), "grad_norm": "mean"}
+REDUCTIONS: dict[str, Reduction] = {**dict.fromkeys(SUMS, "sum"), "grad_norm": "mean", "data_wait": "max"}
 
 
 def summarize(sums: Mapping[str, float], mode: str) -> dict[str, float]:

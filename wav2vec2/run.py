@@ -127,7 +127,7 @@ class Run:
             interval.add({name: sums[name] for name in sums if REDUCTIONS[name] == "sum"}, self._unlogged, seconds)
         left = self.config.optim.max_update - self.progress.step
         values = self._values(sums, self._unlogged, seconds) | {
-            "eta": left * seconds / self._unlogged / 3600,
+            "eta": left * seconds / self._unlogged,
             "data_wait": 100 * sums["data_wait"] / seconds,
             "lr": self.schedule(max(self.progress.step - 1, 0)),
         }

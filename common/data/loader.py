@@ -303,9 +303,8 @@ def _worker_options(num_workers: int) -> dict[str, Any]:
 
 
 def _start_worker(_: int) -> None:
-    """Leave Ctrl-C to the main process, and end on SIGTERM whatever handler was inherited."""
+    """Leave Ctrl-C to the main process, which then ends the workers; torch itself has them end on SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _drop_short(manifest: Manifest, min_sample_size: int, sample_rate: int) -> Manifest:

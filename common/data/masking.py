@@ -10,7 +10,7 @@ the smallest count among them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,7 +25,7 @@ class SpanMasking:
 
     prob: share of frames that spans would cover without overlap; length: (mean) length of a span;
     selection: distribution of the lengths, with its second parameter `other` (lowest length of "uniform",
-    standard deviation of "normal"); min_masks: least number of spans of a row; no_overlap: spans keep
+    standard deviation of "normal"); min_masks: least number of spans over frames; no_overlap: spans keep
     `min_space` frames between them; one_count_per_batch: one rounding for all rows of an unpadded batch.
     """
 
@@ -33,7 +33,7 @@ class SpanMasking:
     length: int
     selection: str = "static"
     other: float = 0.0
-    min_masks: int = 0
+    min_masks: int = 2
     no_overlap: bool = False
     min_space: int = 1
     require_same_masks: bool = True
@@ -65,8 +65,8 @@ def span_mask(
 
 
 def channel_mask(rows: int, channels: int, masking: SpanMasking, rng: np.random.Generator) -> np.ndarray:
-    """Mask (B, D) bool of spans over the channels; padding in time has no part in it."""
-    return span_mask(np.full(rows, channels), channels, masking, rng)
+    """Mask (B, D) bool of spans over the channels, as few as the rounding gives; padding has no part in it."""
+    return span_mask(np.full(rows, channels), channels, replace(masking, min_masks=0), rng)
 
 
 def _span_counts(valid_B: np.ndarray, frames: int, masking: SpanMasking, rng: np.random.Generator) -> np.ndarray:

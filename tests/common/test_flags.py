@@ -192,7 +192,7 @@ def test_sub_commands_check_their_own_flags():
     for argv, message in (
         (["finetune", "--num_negatives", "5"], "--num_negatives: has no effect in finetune; remove it"),
         (["pretrain", "--mask_porb", "5"], "--mask_porb: unknown flag; did you mean --mask_prob?"),
-        (["pretrian"], "pretrian: is no mode; choose one of pretrain, finetune; did you mean pretrain?"),
+        (["pretrian"], "pretrian: expected one of pretrain, finetune; did you mean pretrain?"),
         (["--debgu", "pretrain"], "--debgu: unknown flag; did you mean --debug?"),
         ([], "mode: must be given; see --help"),
     ):

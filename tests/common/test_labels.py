@@ -94,9 +94,7 @@ def test_a_missing_a_binary_and_a_folder_in_place_of_a_dictionary_are_named(tmp_
 )
 def test_a_character_outside_the_dictionary_names_line_character_and_remedy(tmp_path, line, shown):
     dictionary = Dictionary.read(written(tmp_path, "| 9\nA 1\n"))
-    with pytest.raises(
-        DataError, match=rf"train.ltr:7: .*{shown}.* is not in the dictionary; .*generate_dic"
-    ):
+    with pytest.raises(DataError, match=rf"train.ltr:7: .*{shown}.* is not in the dictionary; .*generate_dic"):
         dictionary.encode(line, "train.ltr:7")
 
 
@@ -112,8 +110,6 @@ def test_decoding_agrees_with_the_reference_cases(shared):
     boundary_second = Dictionary.from_symbols([*SPECIAL_SYMBOLS, "E", "|", "T", "A"])
     for case in json.loads((folder / "decode_cases.json").read_text()):
         used = boundary_second if "boundary not first" in case["case"] else dictionary
-        for frames, ids, text in zip(
-            case["frame_ids"], case["collapsed_ids"], case["greedy_text"], strict=True
-        ):
+        for frames, ids, text in zip(case["frame_ids"], case["collapsed_ids"], case["greedy_text"], strict=True):
             assert collapse(frames) == ids
             assert used.decode(ids) == text

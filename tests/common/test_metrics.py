@@ -80,9 +80,7 @@ def test_sums_of_large_counts_are_exact():
 
 
 @pytest.mark.parametrize("name", ["tokens", "perplexity", "grad_norm"])
-@pytest.mark.parametrize(
-    "values", [(1.0, math.nan), (math.nan, 1.0), (torch.tensor(math.nan), torch.tensor(1.0))]
-)
+@pytest.mark.parametrize("values", [(1.0, math.nan), (math.nan, 1.0), (torch.tensor(math.nan), torch.tensor(1.0))])
 def test_not_a_number_is_never_hidden_by_other_values(name, values):
     metrics = Metrics(TABLE)
     for value in values:
@@ -148,9 +146,7 @@ def test_one_all_reduce_serves_all_metrics(monkeypatch):
 
 def run_rank(rank, port, results):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
-    )
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     metrics = Metrics(TABLE)
     metrics.add({"tokens": torch.tensor(10 + rank), "perplexity": 1.0 + rank, "lr": 0.1 + rank})
     metrics.add({"grad_norm": torch.tensor(-5.0 + rank)} if rank == 1 else {"perplexity": torch.tensor(6.0)})

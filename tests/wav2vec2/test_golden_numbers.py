@@ -92,7 +92,10 @@ def gradient(model: Any, name: str) -> Tensor:
 def test_pretraining_loss_and_gradients_equal_the_original(shared, name, case):
     folder = shared("golden") / name
     model = load(folder / "pretrain.pt", settings(folder.parent, name))
-    tensors, numbers = read(folder / "pretrain_golden.pt")[case], json.loads((folder / "pretrain_golden.json").read_text())
+    tensors, numbers = (
+        read(folder / "pretrain_golden.pt")[case],
+        json.loads((folder / "pretrain_golden.json").read_text()),
+    )
     numbers = numbers[case]
     batch = golden_batch(model, read(folder / "features.pt")[case.split("_")[0]], tensors["mask_indices"])
     masked = batch.sub_batches[0].masked
@@ -105,7 +108,12 @@ def test_pretraining_loss_and_gradients_equal_the_original(shared, name, case):
     task = PretrainTask(model, ObjectiveConfig(loss_weights=(0.1, 10.0)), seed=1, reference_padding=True)
     loss, stats = task.losses(batch, noise, [Negatives(negatives, False)])
     loss.backward()
-    for key, golden_key in (("loss", "total_loss"), ("loss_0", "contrastive_loss_sum"), ("loss_1",) * 2, ("loss_2",) * 2):
+    for key, golden_key in (
+        ("loss", "total_loss"),
+        ("loss_0", "contrastive_loss_sum"),
+        ("loss_1",) * 2,
+        ("loss_2",) * 2,
+    ):
         assert float(stats[key]) == pytest.approx(numbers[golden_key], rel=2e-5)
     assert int(stats["correct"]) == numbers["correct"]
     for key in ("code_perplexity", "prob_perplexity"):

@@ -320,8 +320,7 @@ def test_an_error_in_a_worker_arrives_as_it_is(tmp_path, workers):
     (tmp_path / "train.tsv").write_text(".\na.wav\t1000\nb.wav\t1000\n")
     loader = training(tmp_path, num_workers=workers, update_freq=1)
     with pytest.raises(DataError) as caught:
-        for _ in range(3):
-            loader.next_update()
+        [loader.next_update() for _ in range(3)]
     assert str(caught.value).startswith(f"{tmp_path / 'train.tsv'}:3: {tmp_path / 'b.wav'}: no such file;")
     assert "Traceback" not in str(caught.value)
     loader.close()

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Check style and types: ruff, mypy and shellcheck. `lint.sh --fix` mends what ruff can mend.
+# SPDX-License-Identifier: Apache-2.0
+. "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
+
+set_up_environment --dev
+cd "$ROOT"
+if [ "${1:-}" = --fix ]; then
+    "$PYTHON" -m ruff check --fix .
+    "$PYTHON" -m ruff format .
+fi
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+"$PYTHON" -m mypy
+"$(dirname -- "$PYTHON")/shellcheck" scripts/*.sh scripts/docker/*.sh .ci/run

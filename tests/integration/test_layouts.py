@@ -1,0 +1,126 @@
+"""Any split of an update into ranks, joined batches and accumulation gives the same gradients."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from tiny import HOURGLASS, NO_DROPOUT, corpus
+
+from common.data.loader import train_loader
+from common.data.manifest import read_manifest
+from common.data.masking import SpanMasking
+from common.labels import Dictionary
+from wav2vec2.config import ObjectiveConfig
+from wav2vec2.model import Wav2Vec2Ctc, Wav2Vec2Model
+from wav2vec2.task import FinetuneTask, PretrainTask
+
+# (processes, joined sub-batches, accumulated micro-batches)
+LAYOUTS = [(1, 1, 4), (1, 2, 2), (1, 4, 1), (2, 1, 2), (2, 2, 1)]
+WIDE = [(1, concat, freq) for concat in (1, 2, 4) for freq in (1, 2, 4)]
+
+
+def gradients(folder: Path, mode: str, layout: tuple[int, int, int], rank: int = 0) -> dict[str, torch.Tensor]:
+    """Gradients of one update in float64, without dropout; LayerDrop is on, for its draw is shared."""
+    from common import distributed
+
+    world, concat, update_freq = layout
+    torch.manual_seed(0)
+    dictionary = Dictionary.read(folder / "dict.ltr.txt")
+    if mode == "pretrain":
+        model = Wav2Vec2Model(HOURGLASS, replace(NO_DROPOUT, feature_grad_mult=0.1))
+        objective = ObjectiveConfig(num_negatives=10, cross_sample_negatives=3, codebook_negatives=2)
+        task = PretrainTask(model.double(), objective, seed=3, layerdrop=0.4)
+    else:
+        model = Wav2Vec2Ctc(HOURGLASS, NO_DROPOUT, num_symbols=len(dictionary))
+        task = FinetuneTask(model.double(), seed=3, layerdrop=0.4)
+    trunk = getattr(model, "w2v", model)
+    loader = train_loader(
+        read_manifest(folder / "train.tsv", folder / "train.ltr" if mode == "finetune" else None),
+        sample_rate=16000,
+        normalize=False,
+        num_frames=trunk.num_frames,
+        seed=3,
+        max_tokens=20000,
+        crop=mode == "pretrain",
+        time_mask=SpanMasking(prob=0.5, length=3),
+        encode=dictionary.encode if mode == "finetune" else None,
+        rank=rank,
+        world=world,
+        concat=concat,
+        update_freq=update_freq,
+    )
+    engine = distributed.wrap(task, torch.device("cpu"))
+    task.set_step(11)
+    batches = loader.next_update()
+    count = distributed.sum_across_ranks(task.count_units(batches), "cpu")
+    for micro, batch in enumerate(batches):
+        if micro < len(batches) - 1:
+            with engine.no_sync():
+                engine(replace(batch, audio_BS=batch.audio_BS.double()), count)[0].backward()
+        else:
+            engine(replace(batch, audio_BS=batch.audio_BS.double()), count)[0].backward()
+    assert not all(task.model.w2v.encoder.kept if mode == "finetune" else task.model.encoder.kept)
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for name in expected:
+        assert (found[name] - expected[name]).abs().max() <= 1e-6 * largest, name
+
+
+def in_processes(folder: Path, mode: str, layout: tuple[int, int, int]) -> dict[str, torch.Tensor]:
+    """The same, with as many gloo processes as the layout has ranks."""
+    output = folder / f"gradients_{mode}_{'_'.join(map(str, layout))}.pt"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={layout[0]}"]
+    arguments = [__file__, str(folder), mode, *map(str, layout), str(output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    done = subprocess.run(
+        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(output, weights_only=True)
+
+
+@pytest.mark.parametrize("mode", ["pretrain", "finetune"])
+def test_gradients_do_not_depend_on_joining_and_accumulation(tmp_path, mode):
+    corpus(tmp_path, number=24)
+    expected = {}
+    for layout in WIDE:
+        product = layout[1] * layout[2]
+        found = gradients(tmp_path, mode, layout)
+        assert_equal(found, expected.setdefault(product, found))
+    assert len(expected) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["pretrain", "finetune"])
+def test_gradients_do_not_depend_on_the_number_of_processes(tmp_path, mode):
+    corpus(tmp_path, number=24)
+    for layout in [(2, 1, 1), (2, 2, 1), (2, 1, 2), (2, 4, 1), (2, 2, 2), (2, 1, 4)]:
+        product = layout[0] * layout[1] * layout[2]
+        expected = gradients(tmp_path, mode, (1, 1, product))
+        assert_equal(in_processes(tmp_path, mode, layout), expected)
+
+
+def main() -> None:
+    """One rank of in_processes()."""
+    from common import distributed
+
+    folder, mode, *layout, output = sys.argv[1:]
+    with distributed.session("cpu"):
+        found = gradients(Path(folder), mode, tuple(map(int, layout)), distributed.rank())
+        if distributed.is_main():
+            torch.save(found, output)
+
+
+if __name__ == "__main__":
+    main()
