@@ -17,12 +17,14 @@ import torch
 from common import distributed, flags
 from common.entry import run_program
 from common.logger import RunLogger, progress, setup_console
-from wav2vec2 import transcribe
+from wav2vec2 import latency, transcribe
 from wav2vec2.arg_parser import parse_inference
 from wav2vec2.config import InferenceConfig, PrecisionConfig
-from wav2vec2.transcribe import Recognizer, Speech, Stopwatch, Transcript
+from wav2vec2.latency import Stopwatch
+from wav2vec2.logging import INFERENCE_METRICS
+from wav2vec2.transcribe import Recognizer, Speech, Transcript
 
-log = logging.getLogger("inference")
+log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -43,7 +45,7 @@ def infer(config: InferenceConfig, device: torch.device, logger: RunLogger | Non
     for _ in range(config.num_repeats):
         share = recognize(recognizer, speech, watch, keep_log_probs=bool(config.save_logits))
     found = transcribe.gather(share)
-    values = transcribe.timing(watch, warmup_steps=config.warmup_steps, hours=config.num_repeats * speech.hours)
+    values = latency.timing(watch, warmup_steps=config.warmup_steps, hours=config.num_repeats * speech.hours)
     if distributed.is_main():
         save(config, found, recognizer)
         report(config, found, speech, values, logger)
@@ -71,7 +73,7 @@ def open_log(config: InferenceConfig, argv: Sequence[str]) -> RunLogger | None:
             transcribe.check_writable(flag, output_path(config, getattr(config, flag)))
     if not config.output_dir:
         return None
-    logger = RunLogger(config.output_dir, metrics=transcribe.METRICS, enabled=True, tensorboard=False)
+    logger = RunLogger(config.output_dir, metrics=INFERENCE_METRICS, enabled=True, tensorboard=False)
     logger.parameters({"command": ["inference.py", *argv], "config": flags.to_dict(config)})
     return logger
 
@@ -129,10 +131,10 @@ def report(
     score = transcribe.score(found) if speech.scored else None
     if score:
         values |= {"cer": score.cer, "wer": score.wer}
-    for line in transcribe.latency_table(values):
+    for line in latency.latency_table(values):
         log.info("%s", line)
     if logger:
-        logger.log("inference", (), values)
+        logger.log("inference", (), values, console=False)
         logger.close()
     if score:
         print(f"utterances: {len(found)}")

@@ -211,7 +211,5 @@ def _environment_number(name: str, default: int) -> int:
     if not text:
         return default
     if not text.isdecimal():
-        raise ConfigError(
-            f"{name} {text}: must be a whole number from 0; start the program with torchrun, or unset it"
-        )
+        raise ConfigError(f"{name} {text}: must be a whole number from 0; start the program with torchrun, or unset it")
     return int(text)

@@ -161,8 +161,8 @@ class RunLogger:
         if tensorboard:
             self._board = _open_tensorboard(folder / "tensorboard")
 
-    def log(self, scope: str, step: tuple[int, ...], values: Mapping[str, float]) -> None:
-        """Log one set of values.
+    def log(self, scope: str, step: tuple[int, ...], values: Mapping[str, float], *, console: bool = True) -> None:
+        """Log one set of values, to the console too unless the caller shows them its own way.
 
         Args:
             scope: "train", "train_avg", "val", ...: joined with the metric's name, as in `train_loss`.
@@ -177,7 +177,8 @@ class RunLogger:
         if len(step) > 1:
             self._update = step[1]
         ordered = {name: float(values[name]) for name in self._metrics if name in values}
-        self.console(self._line(scope, step, ordered))
+        if console:
+            self.console(self._line(scope, step, ordered))
         now, elapsed = self._now()
         for name in ordered:
             self._describe(f"{scope}_{name}", name, now, elapsed)

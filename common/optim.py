@@ -16,9 +16,7 @@ from common.errors import CheckpointError
 Groups = Mapping[str, Sequence[tuple[str, Tensor]]]
 
 
-def parameter_groups(
-    module: nn.Module, group_of: Callable[[str], str]
-) -> dict[str, list[tuple[str, nn.Parameter]]]:
+def parameter_groups(module: nn.Module, group_of: Callable[[str], str]) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """The trainable parameters of `module` by the group that `group_of` gives for their names."""
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in module.named_parameters():
@@ -41,9 +39,7 @@ class Adam:
     That keeps torch's fused kernel: one launch for many parameters, no wait for the device.
     """
 
-    def __init__(
-        self, groups: Groups, *, betas: tuple[float, float], eps: float, weight_decay: float
-    ) -> None:
+    def __init__(self, groups: Groups, *, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
         """`groups` hold the tensors to be updated in place; each has its gradient in `.grad`."""
         self._eps = eps
         self._beta2 = betas[1]

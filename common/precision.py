@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -92,7 +92,7 @@ class LossScaler:
         self.num_skipped += 1
         self._since_overflow = 0
         self._overflows_since_change += 1
-        if self._overflows_since_change < self._tolerance * self._since_change:
+        if self._overflows_since_change / self._since_change < self._tolerance:
             return
         lower = self.scale / self._factor
         if self._threshold is not None:
@@ -101,7 +101,7 @@ class LossScaler:
             raise TrainingError(
                 f"fp16 loss scale {self.scale:g}: the gradients overflow even at this scale, and the next one would "
                 f"reach the minimum {self._minimum:g}, so the model has most likely diverged; continue from an "
-                "earlier checkpoint with a lower --learning_rate or a longer --warmup_updates, or use --bf16"
+                "earlier checkpoint with a lower --lr or a longer --warmup_updates, or use --bf16"
             )
         self._change(lower)
 
@@ -109,6 +109,37 @@ class LossScaler:
         self.scale = scale
         self._since_change = 0
         self._overflows_since_change = 0
+
+
+def to_half(module: nn.Module, dtype: torch.dtype, keep_fp32: Sequence[nn.Module] = ()) -> None:
+    """Convert the floating parameters and buffers of `module` to `dtype`, in place, except those of `keep_fp32`.
+
+    The kept submodules cast what goes in and out themselves. What the submodules share with others is kept.
+    """
+    kept = {id(tensor) for part in keep_fp32 for tensor in _tensors(part)}
+    for tensor in _tensors(module):
+        if tensor.is_floating_point() and id(tensor) not in kept:
+            tensor.data = tensor.data.to(dtype)
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Context in which operations on fp32 weights choose `dtype` where that is safe; None: no change."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+class _Weight:
+    """A parameter of the model, its master, and the gradient that the master is updated with."""
+
+    def __init__(self, name: str, parameter: nn.Parameter) -> None:
+        self.name = name
+        self.parameter = parameter
+        self.is_copy = parameter.dtype in HALF
+        self.master: Tensor = parameter.detach().float() if self.is_copy else parameter
+        self._buffer = torch.empty_like(self.master) if self.is_copy else None
+
+    @property
+    def gradient(self) -> Tensor | None:
+        return self.parameter.grad if self._buffer is None else self._buffer
 
 
 class MixedPrecisionOptimizer:
@@ -127,13 +158,15 @@ class MixedPrecisionOptimizer:
         weight_decay: float,
         scaler: LossScaler | None = None,
     ) -> None:
-        """`groups`: name -> (parameter name, parameter); `scaler` only for fp16 (O2 or autocast)."""
+        """`groups`: group -> (name, parameter) pairs; `scaler` only for fp16 (O2 or autocast).
+
+        Where the model has already been rounded to half precision, load_master() gives the masters the
+        weights from before.
+        """
         self.scaler = scaler
-        self._groups = {
-            key: [_Slot(name, parameter) for name, parameter in group] for key, group in groups.items()
-        }
+        self._groups = {key: [_Weight(name, parameter) for name, parameter in group] for key, group in groups.items()}
         self._adam = Adam(
-            {key: [(slot.name, slot.master) for slot in slots] for key, slots in self._groups.items()},
+            {key: [(weight.name, weight.master) for weight in group] for key, group in self._groups.items()},
             betas=betas,
             eps=eps,
             weight_decay=weight_decay,
@@ -152,7 +185,7 @@ class MixedPrecisionOptimizer:
         return self.scaler.num_skipped if self.scaler else 0
 
     def freeze(self, group_names: Collection[str]) -> None:
-        """From now on exactly these groups keep weights, moments and step count; their gradients count nowhere."""
+        """From now on exactly these groups keep weights, moments and step count; no gradient of theirs counts."""
         unknown = set(group_names) - set(self._groups)
         if unknown:
             raise ValueError(f"no parameter groups {sorted(unknown)}; there are {sorted(self._groups)}")
@@ -164,30 +197,20 @@ class MixedPrecisionOptimizer:
 
     @torch.no_grad()
     def clip_grad_norm(self, max_norm: float) -> Tensor:
-        """Unscale the gradients and shrink them to a total norm of at most `max_norm` (0: do not shrink).
+        """Unscale the gradients and shrink them to a total norm of at most `max_norm` (0: leave their size).
 
-        The coefficient is min(1, max_norm / (norm + 1e-6)). To be called once per update.
+        The coefficient is min(1, max_norm / (norm + 1e-6)). To be called once per update, before step().
 
         Returns:
             The L2 norm of all unscaled gradients before clipping, () on the device.
         """
-        slots = self._active()
-        missing = [slot.name for slot in slots if slot.parameter.grad is None]
-        if missing:
-            raise RuntimeError(
-                f"no gradient for {len(missing)} parameters of the groups that are trained now, such as {missing[0]}: "
-                "freeze their group, or let them take part in the loss"
-            )
-        _copy_all([slot.gradient for slot in slots if slot.is_copy], [slot.parameter.grad for slot in slots if slot.is_copy])
-        gradients = [slot.gradient for slot in slots]
+        gradients = self._collect_gradients()
+        # Norm and coefficient are those of the scaled gradients, so one pass unscales and clips.
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) / self.loss_scale
-        factor: Tensor | None = None
         if max_norm > 0:
-            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) / self.loss_scale
+            torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0) / self.loss_scale)
         elif self.scaler:
-            factor = torch.full_like(norm, 1 / self.loss_scale)
-        if factor is not None:
-            torch._foreach_mul_(gradients, factor)
+            torch._foreach_mul_(gradients, 1.0 / self.loss_scale)
         self._norm = norm
         return norm
 
@@ -199,7 +222,82 @@ class MixedPrecisionOptimizer:
             TrainingError: fp16 overflowed and its scale cannot go lower.
         """
         norm = self.clip_grad_norm(0.0) if self._norm is None else self._norm
-        applied = self.scaler is None or self.scaler.update(math.isfinite(norm.item())) == "applied"
-        if applied:
-            ...
-        return applied
+        # Every rank has the same norm, so every rank decides the same.
+        if self.scaler and self.scaler.update(math.isfinite(norm.item())) == "skipped":
+            self.zero_grad()
+            return False
+        for key, group in self._groups.items():
+            for weight in group:
+                weight.master.grad = None if key in self._frozen else weight.gradient
+        self._adam.step(lr, self._frozen)
+        self._round_into_model(self._active())
+        self.zero_grad()
+        return True
+
+    def zero_grad(self) -> None:
+        """Forget all gradients; step() does it too."""
+        for weight in self._all():
+            weight.parameter.grad = None
+            weight.master.grad = None
+        self._norm = None
+
+    def master_weights(self) -> dict[str, Tensor]:
+        """Parameter name -> weight in full precision (shared with the optimizer, not copied)."""
+        return {weight.name: weight.master.detach() for weight in self._all()}
+
+    @torch.no_grad()
+    def load_master(self, weights: Mapping[str, Tensor]) -> None:
+        """Set masters and model from full-precision weights; other entries (buffers, say) are ignored.
+
+        Raises:
+            CheckpointError: a weight is missing or has another shape.
+        """
+        masters = self.master_weights()
+        found = {name: weights[name] for name in masters if name in weights}
+        check_names("model weights", found, masters)
+        check_shapes("model weights", found, masters)
+        for name, master in masters.items():
+            master.copy_(found[name])
+        self._round_into_model(self._all())
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Parameter name -> exp_avg, exp_avg_sq, step; weights and scaler are saved by their own names."""
+        return self._adam.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Continue from `state` (see state_dict).
+
+        Raises:
+            CheckpointError: the state of other parameters than these.
+        """
+        self._adam.load_state_dict(state)
+
+    def _all(self) -> list[_Weight]:
+        return [weight for group in self._groups.values() for weight in group]
+
+    def _active(self) -> list[_Weight]:
+        return [weight for key, group in self._groups.items() if key not in self._frozen for weight in group]
+
+    def _collect_gradients(self) -> list[Tensor]:
+        """The gradients of the weights that are trained now, in the precision of their masters."""
+        weights = self._active()
+        missing = [weight.name for weight in weights if weight.parameter.grad is None]
+        if missing or not weights:
+            raise RuntimeError(
+                f"no gradient for {len(missing)} of {len(weights)} weights that are trained now {missing[:3]}: "
+                "freeze their group, or let them take part in the loss"
+            )
+        copies = [weight for weight in weights if weight.is_copy]
+        if copies:
+            torch._foreach_copy_([weight.gradient for weight in copies], [weight.parameter.grad for weight in copies])
+        return [weight.gradient for weight in weights]
+
+    @staticmethod
+    def _round_into_model(weights: Sequence[_Weight]) -> None:
+        copies = [weight for weight in weights if weight.is_copy]
+        if copies:
+            torch._foreach_copy_([weight.parameter for weight in copies], [weight.master for weight in copies])
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    return itertools.chain(module.parameters(), module.buffers())

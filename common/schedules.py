@@ -170,9 +170,7 @@ def _check(policy: str, settings: dict[str, float | None]) -> None:
 def _check_exp(settings: dict[str, float | None]) -> None:
     decay = settings["lr_exp_decay"]
     if decay is not None and not 0 < decay <= 1:
-        raise ConfigError(
-            f"--lr_exp_decay {decay}: is a factor per update; give a value above 0 and at most 1"
-        )
+        raise ConfigError(f"--lr_exp_decay {decay}: is a factor per update; give a value above 0 and at most 1")
     if decay is None and settings["final_lr_scale"] == 0:
         raise ConfigError(
             "--final_lr_scale 0: an exponential never reaches 0; "

@@ -9,9 +9,10 @@
 # SKIP_BAD=1 leaves out audio that cannot be read. DRY_RUN=1 prints the commands.
 . "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
 
-DATASET_DIR=${1:-${DATASET_DIR:-/datasets/LibriSpeech}}
-FILELISTS_DIR=${2:-${FILELISTS_DIR:-$DATASET_DIR}}
-: "${EXTENSIONS:=wav flac}" "${SKIP_BAD:=false}"
+if [ -n "${1:-}" ]; then DATASET_DIR=$1; fi
+if [ -n "${2:-}" ]; then FILELISTS_DIR=$2; fi
+: "${DATASET_DIR:=/datasets/LibriSpeech}"
+: "${FILELISTS_DIR:=$DATASET_DIR}" "${EXTENSIONS:=wav flac}" "${SKIP_BAD:=false}"
 case "$#${1:-}" in
     [012] | [12][!-]*) ;;
     *) usage_error "$*: generate_filelists.sh takes [SOURCE_DATA_DIR] [TARGET_FILELISTS_DIR] and no options" ;;
@@ -57,7 +58,7 @@ fi
 
 labelled=' '
 train_labels=()
-for folder in "${folders[@]}"; do
+for folder in ${folders[@]+"${folders[@]}"}; do
     subset=$(basename -- "$folder")
     list=$FILELISTS_DIR/$subset
     # shellcheck disable=SC2086 # EXTENSIONS is a list
@@ -76,14 +77,14 @@ for subset in $full_960; do
     case $labelled in *" $subset "*) parts+=("$FILELISTS_DIR/$subset.tsv") ;; esac
 done
 if [ "${#parts[@]}" = 3 ]; then
-    tool combine_filelists.py "${parts[@]}" --output "$FILELISTS_DIR/train-full-960.tsv"
+    tool combine_filelists.py ${parts[@]+"${parts[@]}"} --output "$FILELISTS_DIR/train-full-960.tsv"
     train_labels=("$FILELISTS_DIR/train-full-960.ltr")
 fi
 if [ -d "$DATASET_DIR/$finetuning" ]; then
     tool generate_1h_10h_datasets.py "$DATASET_DIR/$finetuning" "$FILELISTS_DIR"
 fi
 if [ "${#train_labels[@]}" -gt 0 ]; then
-    tool generate_dictionary.py "${train_labels[@]}" "$FILELISTS_DIR/dict.ltr.txt"
+    tool generate_dictionary.py ${train_labels[@]+"${train_labels[@]}"} "$FILELISTS_DIR/dict.ltr.txt"
 else
     note "No labelled subset whose name begins with train: no dictionary (utils/generate_dictionary.py makes one)"
 fi

@@ -151,8 +151,7 @@ refuse_layout() {
         lines=("These do:")
         while [ "$concat" -gt 0 ]; do
             if [ $((rest % concat)) -eq 0 ]; then
-                lines=("${lines[@]}" \
-                    "  NUM_GPUS=$gpus NUM_CONCAT_BATCHES=$concat UPDATE_FREQ=$((rest / concat))")
+                lines+=("  NUM_GPUS=$gpus NUM_CONCAT_BATCHES=$concat UPDATE_FREQ=$((rest / concat))")
             fi
             concat=$((concat - 1))
         done

@@ -4,7 +4,7 @@
 . "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
 
 set_up_environment --dev
-cd "$ROOT"
+cd "$ROOT" || exit
 if [ "${1:-}" = --fix ]; then
     "$PYTHON" -m ruff check --fix .
     "$PYTHON" -m ruff format .

@@ -19,7 +19,11 @@ require_count PRETRAIN_UPDATES FINETUNE_UPDATES EXAMPLES
 scripts=$ROOT/scripts
 mkdir -p -- "$QUICKSTART_WORK"
 work=$(CDPATH='' cd -- "$QUICKSTART_WORK" && pwd)
-corpus=${QUICKSTART_DIR:-$work/corpus}
+corpus=$work/corpus
+if [ -n "$QUICKSTART_DIR" ]; then
+    if [ ! -d "$QUICKSTART_DIR" ]; then usage_error "QUICKSTART_DIR=$QUICKSTART_DIR: no such folder"; fi
+    corpus=$(CDPATH='' cd -- "$QUICKSTART_DIR" && pwd)
+fi
 lists=$work/filelists
 
 # stage TITLE COMMAND...: run the command, say what it is for and how long it took

@@ -61,7 +61,7 @@ make_environment() {
         if [ -z "$found" ] || ! "$base" -c 'import pip' 2>/dev/null; then
             usage_error "$base: cannot make environments; install its venv (Debian, Ubuntu: apt-get install python3-venv)"
         fi
-        options=("${options[@]}" --without-pip)
+        options+=(--without-pip)
     fi
     note "Making $folder with $base${found:+, which has torch ${found%% *}}"
     "$base" -m venv --clear ${options[@]+"${options[@]}"} "$folder" >&2
@@ -114,7 +114,7 @@ own=$(environment_folder)
 active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
 if [ -n "${PYTHON:-}" ]; then check_python "$PYTHON"; fi
 if [ -n "${PYTHON:-}" ] && is_environment "$PYTHON"; then
-    python=$PYTHON
+    python=$(command -v "$PYTHON")
 elif [ -z "${PYTHON:-}" ] && [ -n "$active" ]; then
     python=$active/bin/python
 else

@@ -6,5 +6,5 @@
 set_up_environment --dev
 # The models of the tests are so small that threads only wait for each other; some tests run two processes.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-cd "$ROOT"
+cd "$ROOT" || exit
 exec "$PYTHON" -m pytest "$@"

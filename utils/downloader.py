@@ -129,6 +129,9 @@ def unpack(archive: Path, folder: Path) -> None:
             for member in tar:
                 _unpack_member(tar, member, folder, archive)
                 bar.update(raw.tell() - bar.n)
+            # tarfile takes an archive that ends too early for a shorter one; the compression knows better.
+            while tar.fileobj is not None and tar.fileobj.read(CHUNK):
+                pass
     except (tarfile.TarError, EOFError, zlib.error) as error:
         raise DataError(f"{archive}: damaged ({error}); delete it and run again") from error
 

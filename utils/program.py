@@ -7,13 +7,14 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from common.errors import ConfigError, UserError
+from common import entry
+from common.errors import ConfigError, DataError
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -50,25 +51,22 @@ class Parser(argparse.ArgumentParser):
         return name + equals + value
 
     def error(self, message: str) -> NoReturn:
-        """Report a usage error; run() turns it into one line and exit status 2."""
+        """Report a usage error: one line and exit status 2."""
         raise ConfigError(f"{message}; --help lists all flags")
 
 
-def run(main: Callable[[], None]) -> NoReturn:
-    """Call `main` and exit with 0, 2 (usage) or 1 (data); errors are one line; --debug: traceback."""
-    try:
-        main()
-    except (UserError, OSError) as error:
-        if "--debug" in sys.argv:
+def run(main: Callable[[list[str]], None]) -> NoReturn:
+    """Run a tool as a program; a file or folder that the system refuses is an error of one line too."""
+
+    def guarded(argv: Sequence[str]) -> None:
+        try:
+            main(list(argv))
+        except BrokenPipeError:
             raise
-        text = str(error)
-        if isinstance(error, OSError) and error.strerror:
-            text = f"{error.filename or 'input or output'}: {error.strerror}"
-        print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
-        sys.exit(getattr(error, "exit_status", 1))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(0)
+        except OSError as error:
+            raise DataError(f"{error.filename or 'input or output'}: {error.strerror or error}") from error
+
+    entry.run_program(guarded, sys.argv[1:])
 
 
 def bar(items: Iterable[Any] | None = None, **options: Any) -> tqdm:  # noqa: ANN401 - handed on to tqdm as it is

@@ -114,6 +114,8 @@ class Narrator:
             texts.append(text)
             if sum(map(len, pieces)) / corpus.SAMPLE_RATE > target - 0.9:  # another would rather overshoot
                 break
+        if len(texts) > 1 and sum(map(len, pieces)) > LIBRISPEECH_QUANTILES[-1][1] * corpus.SAMPLE_RATE:
+            del pieces[-2:], texts[-1]
         pieces[-1] = self.silence(0.05, 0.2)
         speech = np.concatenate(pieces)
         speech = np.pad(speech, (0, -len(speech) % STEP))

@@ -76,7 +76,7 @@ def build_run(config: Config, device: torch.device, command: list[str]) -> Run:
         frozen_weights=frozen,
     )
     if resumed:
-        run.load_state_dict(resumed[1], resumed[0])
+        run.load_state_dict(resumed[1])
         log.info("resumed %s: update %d, epoch %d", resumed[0], run.progress.step, run.train_loader.epoch)
     _describe(run, command)
     return run
@@ -174,8 +174,7 @@ def load_pretrained(path: str) -> tuple[ModelConfig, dict[str, Tensor]]:
     state = checkpoint.load(path)
     if state["mode"] != "pretrain":
         raise CheckpointError(f"{path}: is a fine-tuned model; --w2v_path takes a pre-trained one")
-    source = state["ema"]["weights"] if state.get("ema") else {}
-    weights = {**state["model"], **source}
+    weights = {**state["model"], **(state["ema"] or {})}
     heads = ("quantizer.", "project_q.", "final_proj.")
     trunk = {f"w2v.{name}": value for name, value in weights.items() if not name.startswith(heads)}
     return flags.from_dict(Config, state["config"]).model, trunk
@@ -218,11 +217,11 @@ def _build_optimizer(config: Config, model: nn.Module) -> MixedPrecisionOptimize
     precision = config.precision
     scaler = None
     if precision.fp16:
+        window = LossScaler.default_window(distributed.world_size(), config.data.update_freq)
         scaler = LossScaler(
-            init_scale=precision.fp16_init_scale,
-            min_scale=precision.min_loss_scale,
-            window=precision.fp16_scale_window
-            or max(1, int(2**14 / distributed.world_size() / config.data.update_freq)),
+            init=precision.fp16_init_scale,
+            minimum=precision.min_loss_scale,
+            window=precision.fp16_scale_window or window,
         )
     optim = config.optim
     return MixedPrecisionOptimizer(

@@ -110,7 +110,7 @@ def check_inference_config(config: InferenceConfig, explicit: Collection[str]) -
         )
     for name, remedy in (("w2v_path", "fine-tune a model first"), ("transcribe_wav", "check the path")):
         path = getattr(config, name)
-        if path and not Path(path).is_file():
+        if path and not _is_file(path):
             raise ConfigError(f"--{name} {path}: no such file; {remedy}")
     if config.save_logits and config.save_logits == config.save_predictions:
         raise ConfigError(f"--save_logits {config.save_logits}: is the file of --save_predictions; name another one")
@@ -119,3 +119,11 @@ def check_inference_config(config: InferenceConfig, explicit: Collection[str]) -
     for name in ("data", "labels"):
         if name in explicit and not config.valid_subset:
             raise ConfigError(f"--{name}: has an effect only with --valid_subset; drop it")
+
+
+def _is_file(path: str) -> bool:
+    """Whether there is such a file; also False where the system refuses to say, as for a name that is too long."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False

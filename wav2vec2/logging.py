@@ -37,6 +37,26 @@ METRICS: dict[str, MetricInfo] = {
     "took": MetricInfo("s", ".2f", "seconds since the last line"),
 }
 
+LATENCY_PERCENTILES = (90, 95, 99)
+LATENCY_STAGES = {
+    "data": "until it is on the device",
+    "model": "from there to its log-probabilities",
+    "data+model": "both together",
+}
+INFERENCE_METRICS: dict[str, MetricInfo] = {
+    "utterances": MetricInfo("", ".0f", "utterances transcribed"),
+    "hours": MetricInfo("h", ".4f", "their audio"),
+    "speech_rate": MetricInfo("h/h", ".1f", "hours of speech per hour in the timed passes, decoding included"),
+    "cer": MetricInfo("%", ".2f", "character error rate of the texts, spaces included, greedy decoding", "MINIMIZE"),
+    "wer": MetricInfo("%", ".2f", "word error rate, greedy decoding", "MINIMIZE"),
+} | {
+    f"latency_{stage}_{name}": MetricInfo(
+        "ms", ".2f", f"time of a batch {what}: {'average' if name == 'avg' else f'{name} % are below'}", "MINIMIZE"
+    )
+    for stage, what in LATENCY_STAGES.items()
+    for name in ("avg", *LATENCY_PERCENTILES)
+}
+
 # What a task adds per micro-batch; every one is a sum over sub-batches.
 SUMS: tuple[str, ...] = (
     *("loss", "loss_0", "loss_1", "loss_2", "correct", "prob_perplexity", "code_perplexity"),

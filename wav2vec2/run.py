@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from common import checkpoint, distributed, flags
 from common.data.loader import TrainLoader, ValidLoader
 from common.ema import Ema
-from common.errors import CheckpointError, TrainingError
+from common.errors import TrainingError
 from common.labels import Dictionary
 from common.logger import RunLogger, progress
 from common.metrics import Metrics
@@ -180,20 +180,17 @@ class Run:
             "normalize": config.model.normalize,
             "optimizer": self.optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler else None,
-            "ema": self.ema.state_dict() if self.ema.active else None,
+            "ema": self.ema.state_dict(),
             "loader": self.train_loader.state_dict(),
             "progress": vars(self.progress).copy(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], path: Path) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where a checkpoint stands; its weights are in the model already."""
         self.optimizer.load_state_dict(state["optimizer"])
         if self.optimizer.scaler and state["scaler"]:
             self.optimizer.scaler.load_state_dict(state["scaler"])
-        if self.ema.active:
-            if state["ema"] is None:
-                raise CheckpointError(f"{path}: holds no averaged weights; resume without --ema")
-            self.ema.load_state_dict(state["ema"])
+        self.ema.load_state_dict(state["ema"])
         self.train_loader.load_state_dict(state["loader"])
         self.progress = Progress(**state["progress"])
 

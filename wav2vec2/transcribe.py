@@ -7,16 +7,14 @@ Stages: load_recognizer(), open_list() -> the pass itself, in inference.py -> ga
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common import checkpoint, distributed, flags
 from common.data.audio import normalize, read_audio
@@ -27,7 +25,6 @@ from common.data.manifest import read_manifest
 from common.data.sampler import PlannedSubBatch
 from common.errors import CheckpointError, ConfigError, DataError
 from common.labels import Dictionary, words
-from common.logger import MetricInfo
 from common.precision import to_half
 from wav2vec2 import decoding
 from wav2vec2.build import HALF, build_model, fp32_modules
@@ -76,13 +73,13 @@ def load_recognizer(
             f"{path}: is a pre-trained model, which has no output symbols; fine-tune it first (train.py finetune)"
         )
     try:
-        config = replace(flags.from_dict(Config, state["config"], f"{path}: config"), precision=precision)
+        config = replace(flags.from_dict(Config, state["config"]), mode=state["mode"], precision=precision)
         dictionary = Dictionary.from_symbols(state["labels"])
         model = build_model(config, dictionary)
     except (ConfigError, DataError) as error:
-        raise CheckpointError(f"{path}: cannot be used ({error})") from error
-    assert isinstance(model, Wav2Vec2Ctc)  # noqa: S101 - mode is "finetune"
-    averaged = state["ema"]["weights"] if use_ema and state.get("ema") else {}
+        raise CheckpointError(f"{path}: cannot be used: {error}") from error
+    assert isinstance(model, Wav2Vec2Ctc), "fine-tuning gives a CTC model"  # noqa: S101
+    averaged = (state.get("ema") or {}) if use_ema else {}
     _load_weights(model, {**state["model"], **averaged}, path)
     if precision.name in HALF:
         to_half(model, HALF[precision.name], fp32_modules(model, precision.kept_in_fp32()))
@@ -99,7 +96,7 @@ def load_recognizer(
     return Recognizer(task.to(device).eval(), dictionary, config.model)
 
 
-def _load_weights(model: Wav2Vec2Ctc, weights: Mapping[str, Tensor], path: str) -> None:
+def _load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str) -> None:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:  # torch lists all differences, one per line below the first
@@ -120,18 +117,17 @@ class FileList:
     order of the list: a list may name a file twice.
     """
 
-    def __init__(self, loader: ValidLoader, *, utterances: int, hours: float, scored: bool) -> None:
-        """`scored`: the list has labels."""
+    def __init__(self, loader: ValidLoader, *, hours: float, scored: bool) -> None:
+        """`hours`: audio of the whole list; `scored`: it has labels."""
         self._loader = loader
-        self.utterances, self.hours, self.scored = utterances, hours, scored
+        self.hours, self.scored = hours, scored
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[tuple[Batch, list[int]]]:
-        plan = self._loader._maker.sub_batches
         for batch in self._loader:
-            yield batch, [int(place) for sub in batch.sub_batches for place in plan.utterances(sub.index)]
+            yield batch, self._loader.places(batch)
 
 
 class SingleFile:
@@ -139,7 +135,7 @@ class SingleFile:
 
     def __init__(self, path: str, recognizer: Recognizer) -> None:
         self._path, self._recognizer = path, recognizer
-        self.utterances, self.scored = 1, False
+        self.scored = False
         self.hours = len(self._read()) / recognizer.model.sample_rate / 3600
 
     def __len__(self) -> int:
@@ -190,7 +186,7 @@ def open_list(
         pin_memory=pin_memory,
     )
     hours = manifest.hours(recognizer.model.sample_rate)
-    return FileList(loader, utterances=len(manifest), hours=hours, scored=labels is not None)
+    return FileList(loader, hours=hours, scored=labels is not None)
 
 
 def _check_references(references: Sequence[str], labels: Path, dictionary: Dictionary) -> None:
@@ -332,111 +328,3 @@ def write_file(flag: str, path: Path, write: Callable[[BinaryIO], object], *, ke
             temporary.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0][:100]
         raise ConfigError(f"--{flag} {path}: cannot be written ({reason}); choose another file") from error
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# How long it takes
-
-
-class Stopwatch:
-    """Seconds of every batch until it is on the device (`data`) and from there to its log-probabilities (`model`).
-
-    It waits for the device at both ends of the model, once per batch: otherwise CUDA would still be computing when
-    the clock is read. Reading the best paths right after would wait as well. `seconds` are those of whole passes.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._begin = 0.0
-        self.data: list[float] = []
-        self.model: list[float] = []
-        self.seconds = 0.0
-
-    def start(self) -> None:
-        """Begin a pass, together with the other processes."""
-        distributed.barrier()
-        self._begin = time.perf_counter()
-
-    def stop(self) -> None:
-        """End a pass."""
-        self.seconds += time.perf_counter() - self._begin
-
-    def fetch(self, speech: Iterable[tuple[Batch, list[int]]]) -> Iterator[tuple[Batch, list[int]]]:
-        """The batches, on the device; their time is the wait for the workers and the copy."""
-        source = iter(speech)
-        while True:
-            begin = time.perf_counter()
-            item = next(source, None)
-            if item is None:
-                return
-            batch = item[0].to(self._device)
-            self.data.append(self._since(begin))
-            yield batch, item[1]
-
-    def run(self, function: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
-        """What the function makes of the batch."""
-        begin = time.perf_counter()
-        result = function(batch)
-        self.model.append(self._since(begin))
-        return result
-
-    def _since(self, begin: float) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter() - begin
-
-
-STATISTICS: dict[str, Callable[[np.ndarray], float]] = {
-    "avg": lambda times: float(times.mean()),
-    "90": lambda times: float(np.percentile(times, 90)),
-    "95": lambda times: float(np.percentile(times, 95)),
-    "99": lambda times: float(np.percentile(times, 99)),
-}
-STAGES = {
-    "data": "until it is on the device",
-    "model": "from there to its log-probabilities",
-    "data+model": "both together",
-}
-METRICS = {
-    "utterances": MetricInfo("", ".0f", "utterances transcribed"),
-    "hours": MetricInfo("h", ".4f", "their audio"),
-    "speech_rate": MetricInfo("h/h", ".1f", "hours of speech per hour in the timed passes, decoding included"),
-    "cer": MetricInfo("%", ".2f", "character error rate of the texts, spaces included, greedy decoding", "MINIMIZE"),
-    "wer": MetricInfo("%", ".2f", "word error rate, greedy decoding", "MINIMIZE"),
-} | {
-    f"latency_{stage}_{name}": MetricInfo(
-        "ms", ".2f", f"time of a batch {what}: {'average' if name == 'avg' else name + ' % are below'}", "MINIMIZE"
-    )
-    for stage, what in STAGES.items()
-    for name in STATISTICS
-}
-
-
-def timing(watch: Stopwatch, *, warmup_steps: int, hours: float) -> dict[str, float]:
-    """Speed and latencies (ms per batch) over all processes, each of which must call it.
-
-    `warmup_steps`: batches at the start of every process that count for the speed only; `hours`: audio of all
-    timed passes and processes. Without a batch to measure there are no latencies.
-    """
-    parts = distributed.gather_objects((watch.data[warmup_steps:], watch.model[warmup_steps:], watch.seconds))
-    values = {"speech_rate": hours * 3600 / max(seconds for _, _, seconds in parts)}
-    data, model = (1000 * np.concatenate([part[stage] for part in parts]) for stage in (0, 1))
-    if not len(data):
-        log.warning("--warmup_steps %d: leaves no batch whose latency counts", warmup_steps)
-        return values
-    times = dict(zip(STAGES, (data, model, data + model), strict=True))
-    return values | {
-        f"latency_{stage}_{name}": statistic(times[stage]) for stage in STAGES for name, statistic in STATISTICS.items()
-    }
-
-
-def latency_table(values: Mapping[str, float]) -> list[str]:
-    """The latencies among the values as lines of a table; none without latencies."""
-    if not any(name.startswith("latency_") for name in values):
-        return []
-    head = f"{'ms per batch':12}" + "".join(f"{name if name == 'avg' else name + ' %':>10}" for name in STATISTICS)
-    rows = [
-        f"{stage:12}" + "".join(f"{values[f'latency_{stage}_{name}']:10.2f}" for name in STATISTICS) + f"  {what}"
-        for stage, what in STAGES.items()
-    ]
-    return [head, *rows]

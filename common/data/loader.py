@@ -163,6 +163,11 @@ class ValidLoader:
     def __len__(self) -> int:
         return len(self._planned)
 
+    def places(self, batch: Batch) -> list[int]:
+        """Positions in the manifest of the rows of a batch."""
+        plan = self._maker.sub_batches
+        return [int(index) for part in batch.sub_batches for index in plan.utterances(part.index)]
+
     def __iter__(self) -> Iterator[Batch]:
         if not self._planned:
             return iter(())

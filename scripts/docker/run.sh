@@ -3,7 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # DATASET_DIR  folder on this machine that becomes /datasets, so that DATASET_DIR/LibriSpeech is where recipes look
-# RESULTS_DIR  folder on this machine that becomes results/ of the workspace (default: results in the checkout)
+# RESULTS_DIR  folder on this machine that becomes results/ of the workspace (default: results/ of the checkout)
 # IMAGE        name of the image (default wav2vec2:latest)
 # GPUS         which GPUs the container sees, as docker's --gpus (default all; empty: none)
 #
@@ -12,7 +12,7 @@
 
 : "${DATASET_DIR:=$ROOT/datasets}" "${RESULTS_DIR:=$ROOT/results}" "${GPUS=all}"
 workspace=/workspace/wav2vec2
-# docker takes a relative path for the name of a volume
+# docker would take a relative path for the name of a volume
 case "$DATASET_DIR" in /*) ;; *) DATASET_DIR=$PWD/$DATASET_DIR ;; esac
 case "$RESULTS_DIR" in /*) ;; *) RESULTS_DIR=$PWD/$RESULTS_DIR ;; esac
 

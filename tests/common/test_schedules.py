@@ -58,9 +58,7 @@ def test_noam_follows_a_table_made_by_hand():
 @pytest.mark.parametrize("hold", [0, 70])
 def test_curves_are_continuous_rise_then_hold_then_fall(policy, hold):
     lr, warmup, end = 0.01, 100, 1000
-    rate = make_schedule(
-        policy, lr=lr, warmup_updates=warmup, hold_updates=hold, max_update=end, final_lr_scale=0.05
-    )
+    rate = make_schedule(policy, lr=lr, warmup_updates=warmup, hold_updates=hold, max_update=end, final_lr_scale=0.05)
     rates = [rate(step) for step in range(end + 10)]
     assert max(abs(b - a) for a, b in zip(rates, rates[1:], strict=False)) < 1.1 * lr / warmup
     assert all(a < b for a, b in zip(rates[:warmup], rates[1 : warmup + 1], strict=True))

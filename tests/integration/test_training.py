@@ -158,7 +158,7 @@ def test_eight_utterances_are_learnt_by_heart(tmp_path):
 
 
 def test_validation_and_best_use_the_averaged_weights(data, tmp_path):
-    more = ("--ema", "0.999", "--validate_interval_updates", "3", "--lr", "0.1")
+    more = ("--ema", "0.99999", "--validate_interval_updates", "3", "--lr", "0.1")
     state = pretrain(data, tmp_path / "average", *more)
     plain = pretrain(data, tmp_path / "plain", *more[2:])
     fresh = pretrain(data, tmp_path / "fresh", "--validate_interval_updates", "1", "--lr", "0", updates=1)

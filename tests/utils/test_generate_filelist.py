@@ -1,0 +1,240 @@
+"""File lists: every file once, in a reproducible order, and nothing left out in silence."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from common.errors import ConfigError, DataError
+from utils import combine_filelists, filelists, generate_filelist
+
+PROGRAM = Path(generate_filelist.__file__)
+NAMES = [
+    "a.wav",
+    "b/UPPER.WAV",
+    "b/name with spaces.wav",
+    "b/-dash.wav",
+    "c/näme_日本語.flac",
+    "c/two.dots.flac",
+    "z/%1;'.wav",
+]
+
+
+def write_audio(path, samples, rate=16000):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind = "FLAC" if path.suffix.lower() == ".flac" else "WAV"
+    soundfile.write(path, np.zeros(samples, np.int16), rate, format=kind)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    root = tmp_path / "tree"
+    for number, name in enumerate(NAMES):
+        write_audio(root / name, 1000 + number)
+    (root / "notes.txt").write_text("not audio")
+    return root
+
+
+def test_a_list_read_back_names_every_audio_file_with_its_length(tree, tmp_path):
+    out = tmp_path / "all.tsv"
+    generate_filelist.main([str(tree), str(out)])
+    files = filelists.read_filelist(out)
+    assert files.root == tree.resolve()
+    assert dict(zip(files.paths, files.num_samples, strict=True)) == {n: 1000 + i for i, n in enumerate(NAMES)}
+    assert list(files.paths) == sorted(files.paths)
+    assert out.read_text(encoding="utf-8").split("\n")[1] == "a.wav\t1000"
+
+
+def test_extensions_are_chosen_in_any_case_and_paths_by_a_part_of_them(tree, tmp_path):
+    out = tmp_path / "list.tsv"
+    generate_filelist.main([str(tree), str(out), "--extensions", ".FLAC"])
+    assert filelists.read_filelist(out).paths == ("c/näme_日本語.flac", "c/two.dots.flac")
+    generate_filelist.main(["--extension", "wav", str(tree), str(out), "--path-must-contain", "b/"])
+    assert all(path.startswith("b/") for path in filelists.read_filelist(out).paths)
+    with pytest.raises(DataError, match=r"no \.mp3 file \(5 \.wav"):
+        generate_filelist.main([str(tree), str(out), "--extensions", "mp3"])
+
+
+def test_linked_folders_are_followed_and_a_circle_ends(tree, tmp_path):
+    other = tmp_path / "elsewhere"
+    write_audio(other / "far.wav", 5)
+    (tree / "link").symlink_to(other)
+    (other / "back").symlink_to(tree)
+    found = filelists.find_audio(tree, ["wav", "flac"])
+    assert "link/far.wav" in found
+    assert len(found) == len(NAMES) + 1
+
+
+def test_files_that_cannot_be_listed_are_an_error_or_are_named(tree, tmp_path, capsys):
+    out = tmp_path / "list.tsv"
+    (tree / "empty.wav").write_bytes(b"")
+    (tree / "page.flac").write_text("<html>")
+    write_audio(tree / "zero.wav", 0)
+    (tree / "tab\there.wav").write_bytes((tree / "a.wav").read_bytes())
+    with pytest.raises(DataError, match="4 of 11 files.*--skip_bad") as error:
+        generate_filelist.main([str(tree), str(out)])
+    assert all(name in str(error.value) for name in ("empty.wav", "page.flac", "zero.wav", r"tab\there.wav"))
+    assert not out.exists()
+    generate_filelist.main([str(tree), str(out), "--skip_bad"])
+    assert len(filelists.read_filelist(out).paths) == len(NAMES)
+    assert "empty.wav" in capsys.readouterr().out
+
+
+def test_only_ten_bad_files_are_named_and_the_rest_counted(tmp_path):
+    for number in range(13):
+        (tmp_path / f"{number:02d}.wav").write_bytes(b"")
+    with pytest.raises(DataError, match="and 3 more") as error:
+        generate_filelist.main([str(tmp_path), str(tmp_path / "x.tsv")])
+    assert str(error.value).count("\n  '") == 10
+
+
+def test_odd_inputs_neither_crash_nor_vanish(shared, tmp_path):
+    source = shared("speech/odd")
+    generate_filelist.main([str(source), str(tmp_path / "odd.tsv"), "--skip_bad"])
+    listed = set(filelists.read_filelist(tmp_path / "odd.tsv").paths)
+    assert {
+        "-dash.flac",
+        "name with spaces.flac",
+        "näme_日本語_имя.flac",
+        "UPPER.FLAC",
+        "two.dots.in.name.flac",
+    } <= listed
+    assert not listed & {"zero_bytes.wav", "zero_samples.wav", "unknown_length.flac", "text_named.flac"}
+
+
+def test_the_split_draws_one_number_for_each_sorted_file(shared):
+    for case in json.loads(shared("golden_ssl/data_pipeline.json").read_text())["manifest_split"]:
+        if case["valid_percent"] > 0:
+            drawn = generate_filelist.draw_valid(case["files"], case["valid_percent"], case["seed"])
+            assert [i for i, valid in enumerate(drawn) if valid] == case["valid_positions"]
+
+
+def test_both_parts_of_a_split_are_disjoint_and_complete(tmp_path):
+    for number in range(60):
+        write_audio(tmp_path / "in" / f"{number:03d}.wav", 10)
+    train, valid = tmp_path / "train.tsv", tmp_path / "valid.tsv"
+    generate_filelist.main([str(tmp_path / "in"), str(train), "--valid_percent", "0.05", "--valid_out", str(valid)])
+    assert [int(Path(path).stem) for path in filelists.read_filelist(valid).paths] == [1, 9, 12, 19, 41]
+    parts = filelists.read_filelist(train).paths + filelists.read_filelist(valid).paths
+    assert sorted(parts) == [f"{number:03d}.wav" for number in range(60)]
+
+
+def test_a_repaired_file_moves_no_other_file_of_the_split(tmp_path):
+    for number in range(40):
+        write_audio(tmp_path / "in" / f"{number:03d}.wav", 10)
+    valid = tmp_path / "valid.tsv"
+    command = [str(tmp_path / "in"), str(tmp_path / "t.tsv"), "--valid_percent", "0.3", "--valid_out", str(valid)]
+    generate_filelist.main(command)
+    whole = set(filelists.read_filelist(valid).paths)
+    (tmp_path / "in" / "003.wav").write_bytes(b"")
+    generate_filelist.main([*command, "--skip_bad"])
+    assert set(filelists.read_filelist(valid).paths) == whole - {"003.wav"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--valid_percent", "1", "--valid_out", "v.tsv"], "fraction: 5 % is 0.05"),
+        (["--valid_percent", "5", "--valid_out", "v.tsv"], "fraction: 5 % is 0.05"),
+        (["--valid_percent", "-0.1", "--valid_out", "v.tsv"], "fraction"),
+        (["--valid_percent", "nan", "--valid_out", "v.tsv"], "fraction"),
+        (["--valid_percent", "0.1"], "one needs the other"),
+        (["--valid_out", "v.tsv"], "one needs the other"),
+        (["--valid_persent", "0.1"], "did you mean --valid_percent"),
+        (["--workers", "0"], "at least one"),
+    ],
+)
+def test_mistakes_of_usage_are_refused_with_the_remedy(tree, tmp_path, flags, message):
+    with pytest.raises(ConfigError, match=message):
+        generate_filelist.main([str(tree), str(tmp_path / "x.tsv"), *flags])
+    assert not list(tmp_path.glob("*.tsv"))
+
+
+def test_a_split_without_files_on_one_side_is_refused(tree, tmp_path):
+    with pytest.raises(DataError, match="change --valid_percent or --seed"):
+        generate_filelist.main(
+            [str(tree), str(tmp_path / "t.tsv"), "--valid_percent", "1e-9", "--valid_out", str(tmp_path / "v.tsv")]
+        )
+    assert not list(tmp_path.glob("*.tsv"))
+
+
+def test_errors_are_one_line_with_a_status_and_no_traceback(tree, tmp_path):
+    def run(*arguments):
+        return subprocess.run([sys.executable, PROGRAM, *arguments], capture_output=True, text=True, cwd=tmp_path)
+
+    usage = run(tree, "x.tsv", "--sed", "3")
+    assert (usage.returncode, usage.stderr.count("\n")) == (2, 1)
+    assert usage.stderr.startswith("error: --sed: no such flag, did you mean --seed?")
+    data = run(tmp_path / "nowhere", "x.tsv")
+    assert (data.returncode, data.stderr.count("\n")) == (1, 1)
+    assert "Traceback" in run(tmp_path / "nowhere", "x.tsv", "--debug").stderr
+    (tmp_path / "file").write_text("")
+    unwritable = run(tree, "file/x.tsv")
+    assert unwritable.returncode == 1
+    assert "Traceback" not in unwritable.stderr
+    good = run(tree, "x.tsv")
+    assert (good.returncode, good.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"x.tsv:1: .*root"),
+        ("a.wav\t5\n", r"x.tsv:1: .*root"),
+        ("/root\na.wav\t5\nb.wav 6\n", r"x.tsv:3: .*path<TAB>samples"),
+        ("/root\na.wav\t5.5\n", r"x.tsv:2: "),
+        ("/root\na.wav\t-5\n", r"x.tsv:2: "),
+        ("/root\n\t7\n", r"x.tsv:2: "),
+    ],
+)
+def test_a_malformed_list_is_named_with_its_line(tmp_path, text, message):
+    (tmp_path / "x.tsv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        filelists.read_filelist(tmp_path / "x.tsv")
+
+
+def test_joined_lists_name_the_same_files_with_the_same_labels(tmp_path):
+    tsvs = []
+    for part, count in (("one/deep", 3), ("two", 2)):
+        for number in range(count):
+            write_audio(tmp_path / part / f"{number}.wav", 10 * number + count)
+        tsvs.append(tmp_path / f"{part.replace('/', '_')}.tsv")
+        generate_filelist.main([str(tmp_path / part), str(tsvs[-1])])
+        for suffix in (".ltr", ".wrd"):
+            lines = [f"{part} {number} {suffix}\u2028\n" for number in range(count)]
+            tsvs[-1].with_suffix(suffix).write_text("".join(lines), encoding="utf-8")
+    out = tmp_path / "joined.tsv"
+    combine_filelists.main([*map(str, tsvs), "--output", str(out)])
+    joined = filelists.read_filelist(out)
+    originals = [filelists.read_filelist(tsv) for tsv in tsvs]
+    assert [joined.root / p for p in joined.paths] == [files.root / p for files in originals for p in files.paths]
+    assert joined.num_samples == tuple(n for files in originals for n in files.num_samples)
+    for suffix in (".ltr", ".wrd"):
+        parts = "".join(tsv.with_suffix(suffix).read_text(encoding="utf-8") for tsv in tsvs)
+        assert out.with_suffix(suffix).read_text(encoding="utf-8") == parts
+
+
+def test_lists_whose_labels_do_not_fit_are_not_joined(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.tsv").write_text("/root\nx.wav\t5\n")
+    arguments = [str(tmp_path / "a.tsv"), str(tmp_path / "b.tsv"), "--output", str(tmp_path / "c.tsv")]
+    (tmp_path / "a.ltr").write_text("A |\n")
+    with pytest.raises(DataError, match="b.ltr: missing"):
+        combine_filelists.main(arguments)
+    (tmp_path / "b.ltr").write_text("A |\nB |\n")
+    with pytest.raises(DataError, match="b.ltr: 2 lines for 1 files"):
+        combine_filelists.main(arguments)
+    assert not (tmp_path / "c.tsv").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_may_not_be_read_is_an_error(tree):
+    (tree / "b").chmod(0)
+    with pytest.raises(PermissionError):
+        filelists.find_audio(tree, ["wav"])
+    (tree / "b").chmod(0o755)
