@@ -6,6 +6,7 @@ The only reader of the launcher's environment (torchrun's RANK, WORLD_SIZE, LOCA
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import gc
 import inspect
 import logging
 import os
@@ -26,12 +27,9 @@ log = logging.getLogger(__name__)
 DEVICES = ("auto", "cuda", "cpu")
 # How long a rank waits for the others: rank 0 may be writing a checkpoint to a slow disk meanwhile.
 TIMEOUT = timedelta(minutes=30)
-# torch 2.13 renames the option that sends the buffers around before every forward pass.
-_BUFFER_OPTION = (
-    "forward_sync_buffers"
-    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
-    else "broadcast_buffers"
-)
+# The option that sends the buffers around before every forward pass got another name in torch 2.13.
+_RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+_NO_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
 
 Object = TypeVar("Object")
 
@@ -59,7 +57,7 @@ def session(device: str = "auto") -> Iterator[torch.device]:
     # Not in a `finally`: after an error the other ranks may be inside a collective that this one never joins,
     # and leaving in an orderly way would wait for them. The process ends, and the launcher stops the others.
     if grouped:
-        dist.destroy_process_group()
+        _leave_group()
 
 
 def rank() -> int:
@@ -154,7 +152,7 @@ def wrap(
         find_unused_parameters=False,
         gradient_as_bucket_view=True,
         bucket_cap_mb=bucket_cap_mb,
-        **{_BUFFER_OPTION: False},
+        **_NO_BUFFERS,
     )
 
 
@@ -204,6 +202,14 @@ def _join_group(device: torch.device) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if device.type == "cuda" else None)
     log.info("process %d of %d, %s, %s", rank(), world_size(), backend, device)
+
+
+def _leave_group() -> None:
+    # A gloo thread that still holds a finished piece of work when the interpreter ends aborts the process. The
+    # barrier lets the threads finish, and collecting what is left of DDP lets the group end them.
+    barrier()
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def _environment_number(name: str, default: int) -> int:

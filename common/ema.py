@@ -52,7 +52,7 @@ class Ema:
         if not self.active:
             yield
             return
-        named = dict(module.named_parameters())
+        named: dict[str, Tensor] = dict(module.named_parameters())
         parameters = [named[name] for name in self._average]
         with torch.no_grad():
             own = [parameter.clone() for parameter in parameters]

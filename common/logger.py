@@ -167,6 +167,7 @@ class RunLogger:
         Args:
             scope: "train", "train_avg", "val", ...: joined with the metric's name, as in `train_loss`.
             step: (epoch, update), (epoch,) or () for the whole run.
+            console: False where the caller shows the values its own way.
             values: name -> value; a KeyError names a metric that is not in the table.
         """
         unknown = [name for name in values if name not in self._metrics]

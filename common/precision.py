@@ -130,16 +130,26 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
 class _Weight:
     """A parameter of the model, its master, and the gradient that the master is updated with."""
 
-    def __init__(self, name: str, parameter: nn.Parameter) -> None:
+    def __init__(self, name: str, parameter: Tensor) -> None:
         self.name = name
         self.parameter = parameter
         self.is_copy = parameter.dtype in HALF
-        self.master: Tensor = parameter.detach().float() if self.is_copy else parameter
+        self.master = parameter.detach().float() if self.is_copy else parameter
         self._buffer = torch.empty_like(self.master) if self.is_copy else None
 
     @property
-    def gradient(self) -> Tensor | None:
-        return self.parameter.grad if self._buffer is None else self._buffer
+    def model_gradient(self) -> Tensor:
+        """What backward left, in the precision of the model."""
+        if self.parameter.grad is None:
+            raise RuntimeError(
+                f"{self.name}: no gradient; freeze its group, or let it take part in the loss (0 * its sum will do)"
+            )
+        return self.parameter.grad
+
+    @property
+    def gradient(self) -> Tensor:
+        """In the precision of the master."""
+        return self.model_gradient if self._buffer is None else self._buffer
 
 
 class MixedPrecisionOptimizer:
@@ -281,15 +291,9 @@ class MixedPrecisionOptimizer:
     def _collect_gradients(self) -> list[Tensor]:
         """The gradients of the weights that are trained now, in the precision of their masters."""
         weights = self._active()
-        missing = [weight.name for weight in weights if weight.parameter.grad is None]
-        if missing or not weights:
-            raise RuntimeError(
-                f"no gradient for {len(missing)} of {len(weights)} weights that are trained now {missing[:3]}: "
-                "freeze their group, or let them take part in the loss"
-            )
         copies = [weight for weight in weights if weight.is_copy]
         if copies:
-            torch._foreach_copy_([weight.gradient for weight in copies], [weight.parameter.grad for weight in copies])
+            torch._foreach_copy_([weight.gradient for weight in copies], [weight.model_gradient for weight in copies])
         return [weight.gradient for weight in weights]
 
     @staticmethod

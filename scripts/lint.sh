@@ -12,4 +12,7 @@ fi
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
-"$(dirname -- "$PYTHON")/shellcheck" scripts/*.sh scripts/docker/*.sh .ci/run
+# not in the environment when the machine's own Python has it
+shellcheck=$(dirname -- "$PYTHON")/shellcheck
+if [ ! -x "$shellcheck" ]; then shellcheck=shellcheck; fi
+"$shellcheck" scripts/*.sh scripts/docker/*.sh .ci/run

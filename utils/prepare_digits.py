@@ -102,6 +102,7 @@ def join(recordings: Sequence[Recording], rng: random.Random, noise: np.random.G
         wave[start : start + len(digit)] = digit + 0.1 * wave[start : start + len(digit)]
         start += len(digit)
     wave = soxr.resample(wave, SOURCE_RATE, corpus.SAMPLE_RATE)
+    wave /= max(1.0, float(np.abs(wave).max()) / 0.99)  # resampling can overshoot
     text = " ".join(WORDS[recording.digit] for recording in recordings)
     return corpus.Clip(wave, text, " ".join(recording.name for recording in recordings))
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from common import flags
 from wav2vec2.config import TRAIN_SECTIONS, Config, InferenceConfig
@@ -36,7 +37,9 @@ def parse_train(argv: Sequence[str]) -> Config:
         for name, section in TRAIN_SECTIONS.items():
             flags.add_flags(subparser, section, mode, TITLES[name])
     namespace = parser.parse_args(list(argv))
-    sections = {name: flags.from_namespace(section, namespace) for name, section in TRAIN_SECTIONS.items()}
+    sections: dict[str, Any] = {
+        name: flags.from_namespace(section, namespace) for name, section in TRAIN_SECTIONS.items()
+    }
     config = Config(mode=namespace.mode, **sections)
     check_train_config(config, flags.explicit(namespace))
     return config

@@ -100,7 +100,7 @@ def build_model(config: Config, dictionary: Dictionary | None) -> Wav2Vec2Model 
     )
 
 
-def fp32_modules(model: nn.Module, ops: tuple[str, ...]) -> list[nn.Module]:
+def fp32_modules(model: Wav2Vec2Model | Wav2Vec2Ctc, ops: tuple[str, ...]) -> list[nn.Module]:
     """The modules whose weights stay in fp32 under O2, and which therefore compute in it."""
     trunk = model.w2v if isinstance(model, Wav2Vec2Ctc) else model
     found: list[nn.Module] = []
@@ -225,7 +225,11 @@ def _build_optimizer(config: Config, model: nn.Module) -> MixedPrecisionOptimize
         )
     optim = config.optim
     return MixedPrecisionOptimizer(
-        groups, betas=optim.adam_betas, eps=optim.adam_eps, weight_decay=optim.weight_decay, scaler=scaler
+        groups,
+        betas=(optim.adam_betas[0], optim.adam_betas[1]),
+        eps=optim.adam_eps,
+        weight_decay=optim.weight_decay,
+        scaler=scaler,
     )
 
 

@@ -145,8 +145,9 @@ def _evaluate_list(node: ast.expr) -> list[tuple[int, int, int]]:
 
 
 def _integers(node: ast.expr) -> tuple[int, int, int]:
-    values = [item.value for item in node.elts if isinstance(item, ast.Constant)] if isinstance(node, ast.Tuple) else []
-    if len(values) != 3 or not all(type(value) is int and value <= 1 << 20 for value in values):
+    items = node.elts if isinstance(node, ast.Tuple) else []
+    values = [item.value for item in items if isinstance(item, ast.Constant) and type(item.value) is int]
+    if len(items) != 3 or len(values) != 3 or max(values) > 1 << 20:
         raise ValueError("every block is a tuple of three integers")
     return values[0], values[1], values[2]
 

@@ -7,7 +7,9 @@ sums in nats; the task divides them by the units of the whole update.
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -185,25 +187,21 @@ def frame_energy(conv_features_BCT: Tensor) -> Tensor:
 
 def ctc_losses(
     logits_BTK: Tensor,
-    frame_lengths: Tensor,
+    frame_lengths: Sequence[int] | Tensor,
     labels_BL: Tensor,
-    label_lengths: Tensor,
+    label_lengths: Sequence[int] | Tensor,
     *,
     zero_infinity: bool = True,
 ) -> Tensor:
     """Negative log-likelihood [B] of every transcript in nats; blank is symbol 0.
 
-    The lengths may stay on the host, which spares the device a synchronisation. With `zero_infinity` a transcript that
+    Lengths as numbers of Python spare the device a synchronisation. With `zero_infinity` a transcript that
     does not fit into its frames counts 0.
     """
     log_probs_TBK = F.log_softmax(at_least_fp32(logits_BTK), -1).transpose(0, 1)
     # cuDNN's CTC knows no zero_infinity for all of these cases and is not deterministic
+    ctc_loss: Any = F.ctc_loss  # torch's stubs do not know lengths that are numbers
     with torch.backends.cudnn.flags(enabled=False):
-        return F.ctc_loss(
-            log_probs_TBK,
-            labels_BL,
-            frame_lengths,
-            label_lengths,
-            reduction="none",
-            zero_infinity=zero_infinity,
+        return ctc_loss(
+            log_probs_TBK, labels_BL, frame_lengths, label_lengths, reduction="none", zero_infinity=zero_infinity
         )

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from common.data.collate import Batch
+from common.data.collate import Batch, present
 from common.labels import Dictionary
 from common.metrics import Metrics
 from wav2vec2 import decoding
@@ -36,10 +36,8 @@ def evaluate(
         else:
             _, stats, logits_BTK = task.losses(moved)
             metrics.add(stats)
-            if dictionary is None:
-                raise ValueError("fine-tuning is evaluated with its dictionary")
             ids, blanks = decoding.greedy(logits_BTK, batch.frame_lengths)
-            metrics.add({"blank_frames": float(blanks), **score(batch, ids, dictionary)})
+            metrics.add({"blank_frames": float(blanks), **score(batch, ids, present(dictionary))})
     task.train(training)
     sums = metrics.reduce(device)
     return summarize(
@@ -49,7 +47,10 @@ def evaluate(
 
 def score(batch: Batch, ids: list[list[int]], dictionary: Dictionary) -> dict[str, float]:
     """Letter and word errors of one batch."""
-    labels = [row[:length] for row, length in zip(batch.labels_BL.tolist(), batch.label_lengths, strict=True)]
+    labels = [
+        row[:length]
+        for row, length in zip(present(batch.labels_BL).tolist(), present(batch.label_lengths), strict=True)
+    ]
     c_errors, c_total = decoding.symbol_errors(labels, ids)
     references, hypotheses = ([dictionary.decode(row) for row in rows] for rows in (labels, ids))
     w_errors, w_total = decoding.word_errors(references, hypotheses)

@@ -108,7 +108,7 @@ class FeatureExtractor(nn.Module):
 
     def forward(self, audio_BS: Tensor, lengths_B: Tensor | None = None) -> Tensor:
         """[B, S] -> [B, C, T]; `lengths_B` are the samples over which each row is normalised, None for all of them."""
-        x = audio_BS.to(self.blocks[0].conv.weight.dtype)[:, None]
+        x = audio_BS.to(next(self.parameters()).dtype)[:, None]
         first = None if lengths_B is None else num_frames(lengths_B, self.conv_layers[:1])
         for index, block in enumerate(self.blocks):
             x = block(x, first if index == 0 else None)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from common import checkpoint, distributed, flags
 from common.data.loader import TrainLoader, ValidLoader
@@ -61,7 +62,7 @@ class Run:
     config: Config
     device: torch.device
     task: PretrainTask | FinetuneTask
-    engine: nn.Module
+    engine: DistributedDataParallel | distributed.SingleProcess
     optimizer: MixedPrecisionOptimizer
     schedule: Callable[[int], float]
     ema: Ema

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from common import distributed, rng
-from common.data.collate import Batch, SubBatch
+from common.data.collate import Batch, SubBatch, present
 from common.precision import autocast
 from common.schedules import gumbel_temperature
 from wav2vec2 import criterion
@@ -122,8 +122,7 @@ class PretrainTask(nn.Module):
             mask_BT=batch.mask_BT,
             channel_mask_BD=batch.channel_mask_BD,
         )
-        assert batch.masked_R is not None, "pre-training batches are masked"  # noqa: S101
-        predictions_RF = model.final_proj(encoded.x_BTD.flatten(0, 1).index_select(0, batch.masked_R))
+        predictions_RF = model.final_proj(encoded.x_BTD.flatten(0, 1).index_select(0, present(batch.masked_R)))
         features_QC = self._frames_to_quantize(batch, encoded.features_BTC)
         targets_QF, quantized = model.quantize(features_QC, noise_QGV)
         ids_Q = criterion.target_ids(features_QC)
@@ -199,14 +198,14 @@ class PretrainTask(nn.Module):
 
     def _frames_to_quantize(self, batch: Batch, features_BTC: Tensor) -> Tensor:
         if not self.objective.negatives_from_everywhere:
-            return features_BTC.flatten(0, 1).index_select(0, batch.masked_R)
+            return features_BTC.flatten(0, 1).index_select(0, present(batch.masked_R))
         return torch.cat([features_BTC[place.rows, : place.sub.frames].flatten(0, 1) for place in self._places(batch)])
 
     def _own_frames(self, batch: Batch, place: _Place) -> Tensor:
         """Place [b, M] of every masked frame among the candidates of its row."""
         shape = place.sub.rows, place.sub.masked
         if self.objective.negatives_from_everywhere:
-            return (batch.masked_R[place.masked] % batch.mask_BT.shape[1]).view(shape)
+            return (present(batch.masked_R)[place.masked] % present(batch.mask_BT).shape[1]).view(shape)
         return torch.arange(place.sub.masked, device=batch.audio_BS.device).expand(shape)
 
     def _logits(
@@ -225,9 +224,10 @@ class PretrainTask(nn.Module):
         codebook = None
         if drawn.codes_bMNG is not None:
             codes = drawn.codes_bMNG
-            vectors = self.model.project_q(self.model.quantizer.look_up(codes.flatten(0, 2)))
+            quantizer = present(self.model.quantizer)
+            vectors = self.model.project_q(quantizer.look_up(codes.flatten(0, 2)))
             vectors_bMnF = vectors.to(candidates.dtype).view(*codes.shape[:3], width)
-            codebook = vectors_bMnF, self.model.quantizer.joint_codes(codes)
+            codebook = vectors_bMnF, quantizer.joint_codes(codes)
         return criterion.contrastive_logits(
             predictions.view(rows, -1, width),
             candidates_bPF.gather(1, own_bM[..., None].expand(-1, -1, width)),
@@ -302,10 +302,11 @@ class FinetuneTask(nn.Module):
 
     def losses(self, batch: Batch) -> tuple[Tensor, Stats, Tensor]:
         """Total loss (sum over sentences, in nats), statistics, and the logits [B, T, K]."""
-        assert batch.labels_BL is not None, "fine-tuning batches have labels"  # noqa: S101
         with autocast(batch.audio_BS.device, self.amp_dtype):
             logits_BTK = self.logits(batch)
-        losses_B = criterion.ctc_losses(logits_BTK, batch.frame_lengths, batch.labels_BL, batch.label_lengths)
+        losses_B = criterion.ctc_losses(
+            logits_BTK, batch.frame_lengths, present(batch.labels_BL), present(batch.label_lengths)
+        )
         total = losses_B.sum()
         stats: Stats = {"loss": total.detach(), "ntokens": float(batch.num_labels), **counts(batch)}
         return total, stats, logits_BTK

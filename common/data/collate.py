@@ -6,18 +6,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common.data.dataset import Sample
 from common.data.masking import SpanMasking, channel_mask, span_mask
 from common.data.sampler import PlannedSubBatch
 from common.rng import numpy_rng
 
+if TYPE_CHECKING:  # so that a program on made batches needs no audio library
+    from common.data.dataset import Sample
+
 PAD = 1  # the dictionary's <pad>
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,13 @@ class Batch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         changed: dict[str, Any] = {k: change(v) for k, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **changed)
+
+
+def present(value: Value | None) -> Value:
+    """A field that batches of this kind always have."""
+    if value is None:
+        raise ValueError("the batch lacks what this task needs: masks in pre-training, labels in fine-tuning")
+    return value
 
 
 @dataclass(frozen=True)

@@ -40,11 +40,12 @@ def make_data():
     return torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
 
-def accumulate(engine, parts, world):
-    """Gradients of the sum over all rows as the training step makes them: postponed but for the last part."""
+def gradients(parts, device):
+    """Gradients of the sum over all rows as the training step makes them: sent around with the last part only."""
+    engine = distributed.wrap(make_model(), device, bucket_cap_mb=1)
     for number, part in enumerate(parts):
         with contextlib.nullcontext() if number == len(parts) - 1 else engine.no_sync():
-            (engine(part).sum() * world).backward()
+            (engine(part).sum() * distributed.world_size()).backward()
     return [parameter.grad for parameter in engine.module.parameters()]
 
 
@@ -124,7 +125,7 @@ def test_sums_and_objects_reach_every_rank(two_ranks):
 
 
 def test_two_ranks_with_accumulation_give_the_gradients_of_one_process(two_ranks):
-    expected = accumulate(distributed.wrap(make_model(), torch.device("cpu")), [make_data()], 1)
+    expected = gradients([make_data()], torch.device("cpu"))
     for one in two_ranks:
         for got, want in zip(one["gradients"], expected, strict=True):
             torch.testing.assert_close(torch.tensor(got, dtype=torch.float64), want, rtol=0, atol=1e-14)
@@ -215,14 +216,13 @@ def test_an_incomplete_launcher_environment_is_refused(monkeypatch):
 
 def report(folder):
     """Write what this process sees."""
-    with distributed.session("auto" if not torch.cuda.is_available() else "cpu") as device:
-        rank, world = distributed.rank(), distributed.world_size()
+    with distributed.session("cpu") as device:
+        rank = distributed.rank()
         rows = make_data()[2 * rank : 2 * rank + 2]
-        engine = distributed.wrap(make_model(), device, bucket_cap_mb=1)
         distributed.barrier()
         seen = {
             "rank": rank,
-            "world": world,
+            "world": distributed.world_size(),
             "local_rank": distributed.local_rank(),
             "main": distributed.is_main(),
             "backend": torch.distributed.get_backend(),
@@ -232,7 +232,7 @@ def report(folder):
             "gathered": distributed.gather_objects({"rank": rank}),
             "from_0": distributed.broadcast_object(f"rank {rank}"),
             "from_1": distributed.broadcast_object(f"rank {rank}", src=1),
-            "gradients": [gradient.tolist() for gradient in accumulate(engine, rows.split(1), world)],
+            "gradients": [gradient.tolist() for gradient in gradients(rows.split(1), device)],
         }
     seen["initialized_after"] = torch.distributed.is_initialized()
     (Path(folder) / f"{rank}.json").write_text(json.dumps(seen))

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from tiny import HOURGLASS, NO_DROPOUT, corpus
+from tiny import corpus
+from tiny_model import HOURGLASS, NO_DROPOUT
 
 from common.data.loader import train_loader
 from common.data.manifest import read_manifest

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import HOURGLASS, LARGE, MODEL, NO_DROPOUT
+from tiny_model import HOURGLASS, LARGE, MODEL, NO_DROPOUT
 
 from common.errors import ConfigError
 from wav2vec2.config import ModelConfig
