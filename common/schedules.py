@@ -100,7 +100,7 @@ def gumbel_temperature(step: int, start: float, end: float, factor: float) -> fl
 POLICIES: dict[str, Callable[..., float]] = {"poly": poly, "exp": exp, "cosine": cosine, "noam": noam}
 
 # Settings whose flag has another name.
-_FLAGS = {"power": "--lr_poly_power", "d_model": "--lr_noam_dim"}
+_FLAGS = {"power": "--lr_poly_power", "d_model": "--encoder_embed_dim"}
 
 
 def make_schedule(policy: str, **settings: float | None) -> Callable[[int], float]:

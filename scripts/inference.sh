@@ -24,14 +24,15 @@ elif [ -n "${TRANSCRIBE_FILELIST:-}" ]; then
 else
     add data FILELISTS_DIR
     add valid_subset VALID_SUBSET
+    # PREDICTION_FILE= saves no transcripts
+    : "${PREDICTION_FILE=$OUTPUT_DIR/$VALID_SUBSET.predictions}"
 fi
-# PREDICTION_FILE= saves no transcripts
-: "${PREDICTION_FILE=$OUTPUT_DIR/$VALID_SUBSET.predictions}"
 add save_predictions PREDICTION_FILE
 add save_logits LOGITS_FILE
 add batch_size BATCH_SIZE
 add_switch fp16 FP16
 add_switch bf16 BF16
+add_switch_off allow_tf32 TF32
 add_switch_off ema EMA
 add_switch reference_padding REFERENCE_PADDING
 add num_repeats NUM_REPEATS

@@ -39,6 +39,7 @@ add_switch_off save SAVE
 add save_frequency SAVE_FREQUENCY
 add save_interval_updates SAVE_INTERVAL_UPDATES
 add_list keep_milestones KEEP_MILESTONES
+add validate_frequency VALIDATE_FREQUENCY
 add validate_interval_updates VALIDATE_INTERVAL_UPDATES
 add log_frequency LOG_FREQUENCY
 if [ -n "${NUM_EPOCHS:-}" ]; then

@@ -8,7 +8,7 @@ import logging
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -233,21 +233,20 @@ def _build_optimizer(config: Config, model: nn.Module) -> MixedPrecisionOptimize
     )
 
 
-def _build_schedule(config: Config) -> Any:
-    optim = config.optim
-    settings: dict[str, float | None] = {
-        "lr": optim.lr,
-        "warmup_updates": optim.warmup_updates,
-        "hold_updates": optim.hold_updates,
-        "max_update": optim.max_update,
-        "initial_lr_scale": optim.initial_lr_scale,
-        "final_lr_scale": optim.final_lr_scale,
-    }
-    extra: dict[str, dict[str, float | None]] = {
-        "poly": {"power": optim.lr_poly_power},
-        "exp": {"lr_exp_decay": optim.lr_exp_decay},
-    }
-    return make_schedule(optim.lr_policy, **settings, **extra.get(optim.lr_policy, {}))
+def _build_schedule(config: Config) -> Callable[[int], float]:
+    optim, noam = config.optim, config.optim.lr_policy == "noam"
+    return make_schedule(
+        optim.lr_policy,
+        lr=optim.lr,
+        warmup_updates=optim.warmup_updates,
+        hold_updates=optim.hold_updates,
+        initial_lr_scale=optim.initial_lr_scale,
+        final_lr_scale=optim.final_lr_scale,
+        power=optim.lr_poly_power,
+        lr_exp_decay=optim.lr_exp_decay,
+        max_update=None if noam else optim.max_update,  # noam has no end,
+        d_model=config.model.encoder_embed_dim if noam else None,  # and depends on the width
+    )
 
 
 def _time_mask(mask: MaskConfig) -> SpanMasking | None:

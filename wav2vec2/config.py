@@ -268,12 +268,16 @@ class OptimConfig:
     lr: float = flag(0.0005, "peak learning rate", minimum=0.0)
     lr_policy: str = flag("poly", "learning rate after the warm-up", choices=("poly", "exp", "cosine", "noam"))
     warmup_updates: int = flag(0, "updates of linear warm-up", minimum=0)
-    hold_updates: int = flag(0, "updates at the peak", minimum=0)
-    initial_lr_scale: float = flag(0.0, "learning rate at the start, as a share of --lr", minimum=0.0)
-    final_lr_scale: float = flag(0.0, "learning rate at the end, as a share of --lr", minimum=0.0)
-    lr_poly_power: float = flag(1.0, "power of the polynomial decay", minimum=0.0)
+    hold_updates: int | None = flag(None, "updates at the peak (poly, exp, cosine)", minimum=0)
+    initial_lr_scale: float | None = flag(
+        None, "learning rate at the start, as a share of --lr (poly and cosine 0, exp 0.01)", minimum=0.0, maximum=1.0
+    )
+    final_lr_scale: float | None = flag(
+        None, "learning rate at the end, as a share of --lr (poly 0, exp 0.05, cosine 0.1)", minimum=0.0, maximum=1.0
+    )
+    lr_poly_power: float | None = flag(None, "power of the polynomial decay (1)", minimum=0.0)
     lr_exp_decay: float | None = flag(
-        None, "factor per update of the exponential decay; default: reach the end", minimum=0.0
+        None, "factor per update of the exponential decay; without it the decay ends at --final_lr_scale", minimum=0.0
     )
     adam_betas: tuple[float, ...] = flag((0.9, 0.98), "decay rates of Adam's moments", nargs=2)
     adam_eps: float = flag(1e-6, "Adam's epsilon", minimum=0.0)

@@ -73,8 +73,6 @@ def _check_effects(config: Config, explicit: Collection[str]) -> None:
     needs = {
         "encoder_layers": (not config.model.hourglass_transformer, "without --hourglass_transformer"),
         "hourglass_resample": (bool(config.model.hourglass_transformer), "with --hourglass_transformer"),
-        "lr_poly_power": (config.optim.lr_policy == "poly", "with --lr_policy poly"),
-        "lr_exp_decay": (config.optim.lr_policy == "exp", "with --lr_policy exp"),
         "mask_min_space": (config.mask.no_mask_overlap, "with --no_mask_overlap"),
         "mask_channel_min_space": (config.mask.no_mask_channel_overlap, "with --no_mask_channel_overlap"),
         "mask_other": (

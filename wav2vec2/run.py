@@ -37,7 +37,6 @@ class Progress:
 
     step: int = 0  # finished updates
     best: float | None = None  # lowest WER, or loss in pre-training
-    skipped: int = 0  # updates that fp16 overflowed
 
 
 @dataclass
@@ -99,7 +98,6 @@ class Run:
         """Count the update, and do what is due after it."""
         config, step = self.config.run, self.progress.step + int(updated)
         self.progress.step = step
-        self.progress.skipped += int(not updated)
         self._unlogged += 1
         epoch, epoch_ends = self.train_loader.epoch, self.train_loader.at_epoch_end
 
@@ -135,7 +133,7 @@ class Run:
         if "grad_norm" in sums:
             values["grad_norm"] = sums["grad_norm"]
         if self.config.precision.fp16:
-            values |= {"loss_scale": self.optimizer.loss_scale, "skipped": float(self.progress.skipped)}
+            values |= {"loss_scale": self.optimizer.loss_scale, "skipped": float(self.optimizer.num_skipped)}
         if isinstance(self.task, PretrainTask) and self.task.model.quantizer is not None:
             values["temperature"] = self.task.model.quantizer.temperature
         self.logger.log("train", (self.train_loader.epoch, self.progress.step), values)

@@ -227,6 +227,16 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(dtype):
     assert resumed.loss_scale == optimizer.loss_scale
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_loaded_weights_reach_the_model_rounded_and_the_master_exactly(dtype):
+    tensors, optimizer = make(dtype)
+    weights = {key: torch.linspace(0.1, 0.7, 6) for key in tensors}
+    optimizer.load_master(weights)
+    for key, tensor in tensors.items():
+        assert torch.equal(optimizer.master_weights()[key].float(), weights[key])
+        assert torch.equal(tensor.detach(), weights[key].to(dtype))
+
+
 def test_weights_or_state_of_another_model_are_refused():
     _, optimizer = make(torch.bfloat16)
     with pytest.raises(CheckpointError, match="missing head"):

@@ -104,7 +104,7 @@ CURVE = {"lr": 0.1, "warmup_updates": 5, "max_update": 10}
         ("exp", {**CURVE, "final_lr_scale": 0}, ["--final_lr_scale 0", "--lr_exp_decay"]),
         ("exp", {**CURVE, "lr_exp_decay": 1.5}, ["--lr_exp_decay 1.5"]),
         ("exp", {**CURVE, "power": 2.0}, ["--lr_poly_power", "no effect", "--lr_policy exp"]),
-        ("noam", {"lr": 1.0, "warmup_updates": 5}, ["--lr_noam_dim", "noam needs"]),
+        ("noam", {"lr": 1.0, "warmup_updates": 5}, ["--encoder_embed_dim", "noam needs"]),
         ("noam", {"lr": 1.0, "warmup_updates": 0, "d_model": 8}, ["--warmup_updates 0"]),
         ("poly", {"warmup_updates": 5, "max_update": 10}, ["--lr:"]),
     ],
