@@ -175,18 +175,12 @@ def load(path: str | Path) -> dict[str, Any]:
     return _recognised(path, state)
 
 
-def newest_valid(folder: str | Path) -> Path | None:
-    """The checkpoint of the highest update that loads, or None where there are none.
+def load_newest(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint of the highest update that loads, and its content, or None where there are none.
 
     A damaged one is reported and the one before is taken. Raises CheckpointError if all are damaged, or if the
     newest is whole but not for this version of the toolkit.
     """
-    newest = load_newest(folder)
-    return newest[0] if newest else None
-
-
-def load_newest(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
-    """Like newest_valid(), with the content."""
     paths = update_paths(folder)
     for path in paths:
         try:

@@ -7,7 +7,7 @@
 
 : "${DATASET_DIR:=/datasets/LibriSpeech}" "${FILELISTS_DIR:=$DATASET_DIR}" "${VALID_SUBSET:=test-other}"
 : "${FINETUNED_MODEL:=results/finetune_base_960h/wav2vec2_best.pt}" "${OUTPUT_DIR:=results/inference}"
-: "${BATCH_SIZE:=8}" "${FP16:=false}" "${BF16:=false}" "${EMA:=true}"
+: "${BATCH_SIZE:=8}" "${FP16:=false}" "${BF16:=false}" "${USE_EMA:=true}"
 
 python=$(find_python)
 set_processes "$python" 1
@@ -33,7 +33,7 @@ add batch_size BATCH_SIZE
 add_switch fp16 FP16
 add_switch bf16 BF16
 add_switch_off allow_tf32 TF32
-add_switch_off ema EMA
+add_switch_off ema USE_EMA
 add_switch reference_padding REFERENCE_PADDING
 add num_repeats NUM_REPEATS
 add num_warmup_repeats NUM_WARMUP_REPEATS

@@ -26,6 +26,7 @@ from common.ema import Ema
 from common.errors import CheckpointError, ConfigError
 from common.labels import Dictionary
 from common.logger import RunLogger
+from common.optim import parameter_groups
 from common.precision import LossScaler, MixedPrecisionOptimizer, to_half
 from common.schedules import make_schedule
 from wav2vec2.attention import LayerNorm
@@ -210,10 +211,7 @@ def _build_task(config: Config, model: Wav2Vec2Model | Wav2Vec2Ctc) -> PretrainT
 
 def _build_optimizer(config: Config, model: nn.Module) -> MixedPrecisionOptimizer:
     """Adam over all trained parameters; the trunk is a group of its own where it can be frozen."""
-    groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups.setdefault("w2v" if name.startswith("w2v.") else "head", []).append((name, parameter))
+    groups = parameter_groups(model, lambda name: "w2v" if name.startswith("w2v.") else "head")
     precision = config.precision
     scaler = None
     if precision.fp16:
@@ -322,8 +320,8 @@ def _build_loaders(
 
 
 def _differences(old: Any, new: Any) -> str:
-    """'name old -> new' for every option that differs, without paths and lengths of the run."""
-    before, after = _flat(asdict(old)), _flat(asdict(new))
+    """'name old -> new' for every option that differs."""
+    before, after = ({**_flat(asdict(config)), "resume": None} for config in (old, new))
     return ", ".join(f"{name} {before[name]} -> {after[name]}" for name in after if before.get(name) != after[name])
 
 

@@ -65,8 +65,8 @@ def _check_paths(config: Config) -> None:
         raise ConfigError(
             f"--data {config.data.data}: no such folder; make file lists with scripts/generate_filelists.sh"
         )
-    if config.mode == "finetune" and not Path(config.ctc.w2v_path).is_file():
-        raise ConfigError(f"--w2v_path {config.ctc.w2v_path}: no such file; pre-train first or download a model")
+    if config.mode == "finetune" and not config.run.resume and not Path(config.ctc.w2v_path).is_file():
+        raise ConfigError(f"--w2v_path {config.ctc.w2v_path}: no such file; pre-train first (scripts/pretrain_base.sh)")
 
 
 def _check_effects(config: Config, explicit: Collection[str]) -> None:

@@ -62,12 +62,6 @@ def clipped(sizes: np.ndarray, max_sample_size: int | None) -> np.ndarray:
     return sizes if max_sample_size is None else np.minimum(sizes, max_sample_size)
 
 
-def row_length(sizes: np.ndarray, *, crop: bool, max_sample_size: int | None) -> int:
-    """Samples per row of a sub-batch: of its shortest utterance when cropped, of its longest when padded."""
-    lengths = clipped(sizes, max_sample_size)
-    return int(lengths.min() if crop else lengths.max())
-
-
 def length_order(sizes: np.ndarray, max_sample_size: int | None, rng: np.random.Generator) -> np.ndarray:
     """Positions by descending clipped size, equal ones in random order."""
     lengths = clipped(sizes, max_sample_size)

@@ -88,11 +88,6 @@ class TrainLoader:
         """Whether the last update of the epoch has been handed out."""
         return self.position >= self.updates_per_epoch
 
-    @property
-    def wait_seconds(self) -> float:
-        """Seconds spent waiting for data since they were last taken."""
-        return self._wait_seconds
-
     def take_wait_seconds(self) -> float:
         """Seconds spent waiting for data since the last call."""
         seconds, self._wait_seconds = self._wait_seconds, 0.0

@@ -27,6 +27,11 @@ from common.errors import CheckpointError, ConfigError
 ROOT = Path(checkpoint.__file__).parents[1]
 
 
+def newest_valid(folder):
+    newest = checkpoint.load_newest(folder)
+    return newest[0] if newest else None
+
+
 def make_state(update=1, **changes):
     return {
         "mode": "pretrain",
@@ -129,7 +134,7 @@ def test_a_kill_during_save_leaves_a_whole_checkpoint(saved, moment, update):
     )
     assert run.returncode == -signal.SIGKILL
     assert checkpoint.load(saved)["progress"]["step"] == update
-    assert checkpoint.newest_valid(saved.parent) == saved
+    assert newest_valid(saved.parent) == saved
     Retention().prune(saved.parent, final=1)
     assert sorted(saved.parent.iterdir()) == [saved]
 
@@ -345,13 +350,13 @@ def test_the_newest_goes_by_update_and_not_by_name_or_date(tmp_path):
     checkpoint.save(tmp_path / "wav2vec2_update9999_copy.pt", make_state(9999))
     assert [checkpoint.update_number(path) for path in checkpoint.update_paths(tmp_path)] == [1000, 200, 9]
     path, state = checkpoint.load_newest(tmp_path)
-    assert path == checkpoint.newest_valid(tmp_path) == tmp_path / "wav2vec2_update1000.pt"
+    assert path == newest_valid(tmp_path) == tmp_path / "wav2vec2_update1000.pt"
     assert state["progress"]["step"] == 1000
 
 
 def test_no_checkpoint_is_none(tmp_path):
-    assert checkpoint.newest_valid(tmp_path) is None
-    assert checkpoint.newest_valid(tmp_path / "none") is None
+    assert newest_valid(tmp_path) is None
+    assert newest_valid(tmp_path / "none") is None
 
 
 def test_a_damaged_newest_one_is_reported_and_the_one_before_is_used(tmp_path, caplog):
@@ -360,7 +365,7 @@ def test_a_damaged_newest_one_is_reported_and_the_one_before_is_used(tmp_path, c
     checkpoint.update_path(tmp_path, 3).write_bytes(b"")
     broken = checkpoint.update_path(tmp_path, 2)
     broken.write_bytes(broken.read_bytes()[:500])
-    assert checkpoint.newest_valid(tmp_path) == checkpoint.update_path(tmp_path, 1)
+    assert newest_valid(tmp_path) == checkpoint.update_path(tmp_path, 1)
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
     assert "wav2vec2_update3.pt: is empty" in caplog.text
 
@@ -371,11 +376,11 @@ def test_a_run_is_never_silently_started_anew(tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[:300])
     with pytest.raises(CheckpointError, match="none of the 1 checkpoints can be read"):
-        checkpoint.newest_valid(tmp_path)
+        newest_valid(tmp_path)
     path.write_bytes(whole)
     torch.save({**make_state(), "format": "wav2vec2", "format_version": 99}, tmp_path / "wav2vec2_update8.pt")
     with pytest.raises(CheckpointError, match="update the toolkit"):
-        checkpoint.newest_valid(tmp_path)
+        newest_valid(tmp_path)
 
 
 def simulate(tmp_path, updates, retention, final):

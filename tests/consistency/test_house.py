@@ -181,6 +181,12 @@ def test_flags_of_training_are_named_once():
     assert len(names) == len(set(names))
 
 
+def test_flags_are_those_of_the_inventory():
+    """A changed command line is a decision: it changes flags.txt and the CHANGELOG with it."""
+    inventory = (Path(__file__).parent / "flags.txt").read_text().split()
+    assert sorted(all_fields()) == inventory
+
+
 def test_every_flag_has_help():
     for section in [*TRAIN_SECTIONS.values(), InferenceConfig]:
         for field in section.__dataclass_fields__.values():

@@ -273,7 +273,10 @@ def test_learning_rates_are_those_of_the_published_recipes(shared, config):
     for case in policies["poly"] + policies["exp"]:
         optim, published = config(case["name"]).optim, case["config"]
         assert (optim.lr, optim.max_update) == (published["lr"], published["num_steps"]), case["name"]
-        assert (optim.warmup_updates, optim.hold_updates) == (published["warmup_steps"], published["hold_steps"] or None)
+        assert (optim.warmup_updates, optim.hold_updates) == (
+            published["warmup_steps"],
+            published["hold_steps"] or None,
+        )
         assert (optim.initial_lr_scale or 0) == published["initial_lr_scale"]
         assert (optim.final_lr_scale or 0) == published["final_lr_scale"]
 

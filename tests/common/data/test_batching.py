@@ -7,8 +7,13 @@ import time
 import numpy as np
 import pytest
 
-from common.data.batching import length_order, plan_sub_batches, row_length, token_batches
+from common.data.batching import length_order, plan_sub_batches, token_batches
 from common.errors import ConfigError
+
+
+def row_length(sizes, *, crop, max_sample_size):
+    """What the rows of a sub-batch are cropped or padded to."""
+    return min((min if crop else max)(sizes), max_sample_size or max(sizes))
 
 
 def brute_force(lengths, max_tokens, max_sentences, multiple):

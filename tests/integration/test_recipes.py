@@ -1,0 +1,106 @@
+"""The recipes as a user runs them, with small values: pre-train, fine-tune, word error rate."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from tiny import corpus
+
+SMALL = {
+    "DEVICE": "cpu",
+    "NUM_CONCAT_BATCHES": "1",
+    "WORLD_BATCHES": "2",
+    "MAX_TOKENS": "60000",
+    "MAX_UPDATE": "2",
+    "FREEZE_FINETUNE_UPDATES": "1",
+    "MIN_SAMPLE_SIZE": "0",
+    "NUM_WORKERS": "0",
+    "OMP_NUM_THREADS": "1",
+    "PYTHON": sys.executable,
+    "CONV_FEATURE_LAYERS": "[(16,10,5)]+[(16,3,2)]*4+[(16,2,2)]*2",
+    "ENCODER_LAYERS": "2",
+    "ENCODER_EMBED_DIM": "32",
+    "ENCODER_FFN_EMBED_DIM": "32",
+    "ENCODER_ATTENTION_HEADS": "4",
+    "FINAL_DIM": "16",
+    "LATENT_VARS": "8",
+    "MASK_CHANNEL_LENGTH": "4",
+    "TRAIN_SUBSET": "train",
+    "VALID_SUBSET": "valid",
+}
+HOURGLASS = {"HOURGLASS_CONFIG": "[1,(1,2),1]"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return corpus(tmp_path_factory.mktemp("data"), number=12, low=1.0, high=1.5)
+
+
+def recipe(name: str, folder: Path, data: Path, **variables: str) -> str:
+    """Run a script of scripts/ and give its standard output."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
+    environment = {**clean, **SMALL, "DATASET_DIR": str(data), **variables}
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / name)],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def pretrained(data, tmp_path_factory) -> dict[str, str]:
+    """Pre-trained checkpoints of the Base and the Large recipe, by two processes and by one."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    recipe("pretrain_base.sh", folder, data, OUTPUT_DIR="base", NUM_GPUS="2", **HOURGLASS)
+    recipe("pretrain_large.sh", folder, data, OUTPUT_DIR="large")
+    return {kind: str(folder / kind / "wav2vec2_update2.pt") for kind in ("base", "large")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("finetune_base_1h.sh", "finetune_base_10h.sh", "finetune_base_100h.sh", "finetune_base_960h.sh"),
+        *("finetune_vox_100h.sh", "finetune_vox_960h.sh", "finetune_vox_960h_cv.sh"),
+    ],
+)
+def test_every_fine_tuning_recipe_trains(name, data, pretrained, tmp_path):
+    start = pretrained["large" if "vox" in name else "base"]
+    recipe(name, tmp_path, data, PRETRAINED_MODEL=start, OUTPUT_DIR="out")
+    assert (tmp_path / "out/wav2vec2_update2.pt").is_file()
+    assert (tmp_path / "out/wav2vec2_best.pt").is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_fine_tune_and_score(data, pretrained, tmp_path):
+    variables = {"PRETRAINED_MODEL": pretrained["base"], "NUM_GPUS": "2", "OUTPUT_DIR": "out"}
+    recipe("finetune_base_960h.sh", tmp_path, data, **variables)
+    output = recipe(
+        "inference.sh", tmp_path, data, FINETUNED_MODEL="out/wav2vec2_best.pt", NUM_GPUS="2", OUTPUT_DIR="inference"
+    )
+    assert re.fullmatch(r"WER: \d+\.\d\d %", output.splitlines()[-1])
+    predictions = (tmp_path / "inference/valid.predictions").read_text().splitlines()
+    assert [line.split("\t")[0] for line in predictions] == [str(number) for number in range(12)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pretrain_base_benchmark.sh", "finetune_base_benchmark.sh"])
+def test_training_benchmarks_report_averages(name, data, pretrained, tmp_path):
+    more = {"NUM_EPOCHS": "2", "NUM_WARMUP_EPOCHS": "1", "MAX_UPDATE": "100", "FREEZE_FINETUNE_UPDATES": "0"}
+    recipe(name, tmp_path, data, OUTPUT_DIR="out", PRETRAINED_MODEL=pretrained["base"], **HOURGLASS, **more)
+    lines = (tmp_path / "out/nvlog.json").read_text().splitlines()
+    assert sum("benchmark_ntokens/s" in line and '"LOG"' in line for line in lines) == 1
+    assert sum("epoch_ntokens/s" in line and '"LOG"' in line for line in lines) == 3
