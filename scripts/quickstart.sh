@@ -10,8 +10,8 @@
 : "${QUICKSTART_WORK:=quickstart}" # folder for the corpus, the lists and the results
 : "${QUICKSTART_DIR:=}"            # a corpus of your own; nothing is written into it
 : "${HOURS:=0.5}"                  # speech to synthesise for training, without QUICKSTART_DIR
-: "${PRETRAIN_UPDATES:=400}"
-: "${FINETUNE_UPDATES:=1500}"
+: "${PRETRAIN_UPDATES:=500}"
+: "${FINETUNE_UPDATES:=1200}"
 : "${EXAMPLES:=8}" # reference/hypothesis pairs to show
 
 . "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
