@@ -45,8 +45,7 @@ def train_step(run: Run, batches: Sequence[Batch], step: int) -> bool:
             run.optimizer.backward(loss)  # scales the loss in fp16
         run.metrics.add(stats)  # stays on the device
     grad_norm = run.optimizer.clip_grad_norm(run.config.optim.clip_norm)
-    updated = run.optimizer.step(lr=run.schedule(step))
-    run.optimizer.zero_grad()
+    updated = run.optimizer.step(lr=run.schedule(step))  # and forgets the gradients
     if updated:
         run.metrics.add({"grad_norm": grad_norm})
         run.ema.update(run.optimizer.master_weights())

@@ -24,12 +24,6 @@ from common.errors import ConfigError
 log = logging.getLogger(__name__)
 
 DURATION = "duration"
-_LEVELS = {
-    "debug": logging.DEBUG,
-    "info": logging.INFO,
-    "warning": logging.WARNING,
-    "error": logging.ERROR,
-}
 
 Item = TypeVar("Item")
 
@@ -207,13 +201,6 @@ class RunLogger:
         if self._enabled:
             log.info("%s", line)
 
-    def flush(self) -> None:
-        """Write out what is buffered."""
-        if self._lines is not None:
-            self._lines.flush()
-        if self._board is not None:
-            self._board.flush()
-
     def close(self) -> None:
         """Write out everything and close the files; later calls do nothing."""
         if self._lines is not None:
@@ -273,13 +260,12 @@ def progress(iterable: Iterable[Item], *, desc: str, total: int | None = None, u
     return tqdm(iterable, desc=desc, total=total, unit=unit, file=sys.stderr)
 
 
-def setup_console(verbosity: str = "info", is_main: bool = True, stream: TextIO | None = None) -> None:
+def setup_console(*, is_main: bool = True, stream: TextIO | None = None) -> None:
     """Send log messages of this process to the console; ranks other than 0 tell errors only.
 
-    May be called again: the earlier setting is replaced. `verbosity`: debug, info, warning or error;
-    `stream`: standard output if not given.
+    May be called again: the earlier setting is replaced. `stream`: standard output if not given.
     """
-    level = _LEVELS[verbosity] if is_main else logging.ERROR
+    level = logging.INFO if is_main else logging.ERROR
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler, _ConsoleHandler)]:
         root.removeHandler(handler)

@@ -9,7 +9,6 @@ LayerDrop by (seed, update); only dropout by (seed, update, micro-batch, rank).
 from __future__ import annotations
 
 import hashlib
-import random
 
 import numpy as np
 import torch
@@ -32,7 +31,5 @@ def torch_rng(device: torch.device | str, *parts: int | str) -> torch.Generator:
 
 
 def seed_all(*parts: int | str) -> None:
-    """Seed the global generators (dropout, weight initialisation) with this key."""
-    number = key(*parts)
-    random.seed(number)
-    torch.manual_seed(number)
+    """Seed torch's global generators (dropout, weight initialisation) with this key."""
+    torch.manual_seed(key(*parts))

@@ -8,7 +8,7 @@ import logging
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -45,11 +45,12 @@ def build_run(config: Config, device: torch.device, command: list[str]) -> Run:
     """A run that is ready to train, resumed where --resume finds a checkpoint."""
     torch.backends.cuda.matmul.allow_tf32 = config.precision.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.precision.allow_tf32
-    logger = _open_output(config)
+    _check_writable(Path(config.run.output_dir))
     resumed = _find_checkpoint(config)
     config, dictionary, weights = _start_from(config, resumed)
     model = build_model(config, dictionary)
-    model.load_state_dict(weights, strict=resumed is not None)
+    if weights:
+        load_weights(model, weights, resumed[0] if resumed else config.ctc.w2v_path, fresh="" if resumed else "proj.")
     _freeze_idle(model, config)
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     o2 = config.precision.name in HALF and not config.precision.amp
@@ -68,16 +69,21 @@ def build_run(config: Config, device: torch.device, command: list[str]) -> Run:
         task=task,
         engine=engine,
         optimizer=optimizer,
-        schedule=_build_schedule(config),
+        schedule=make_schedule(**config.optim.schedule(config.model.encoder_embed_dim)),
         ema=Ema(config.optim.ema, optimizer.master_weights()),
         train_loader=train,
         valid_loader=valid,
         dictionary=dictionary,
-        logger=logger,
+        logger=RunLogger(
+            config.run.output_dir,
+            metrics=METRICS,
+            enabled=distributed.is_main(),
+            total_updates=config.optim.max_update,
+        ),
         frozen_weights=frozen,
     )
     if resumed:
-        run.load_state_dict(resumed[1])
+        run.load_state_dict(resumed[1], resumed[0])
         log.info("resumed %s: update %d, epoch %d", resumed[0], run.progress.step, run.train_loader.epoch)
     _describe(run, command)
     return run
@@ -114,9 +120,8 @@ def fp32_modules(model: Wav2Vec2Model | Wav2Vec2Ctc, ops: tuple[str, ...]) -> li
     return found
 
 
-def _open_output(config: Config) -> RunLogger:
-    """Make the output folder and its logs; refuse one that cannot be written."""
-    folder = Path(config.run.output_dir)
+def _check_writable(folder: Path) -> None:
+    """Make the output folder; refuse one that cannot be written before any work is done."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable.{distributed.rank()}"
@@ -126,14 +131,22 @@ def _open_output(config: Config) -> RunLogger:
         raise ConfigError(
             f"--output_dir {folder}: cannot be written ({error.strerror}); choose another folder"
         ) from None
-    return RunLogger(folder, metrics=METRICS, enabled=distributed.is_main(), total_updates=config.optim.max_update)
 
 
 def _find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to go on from; without --resume a folder that holds one is refused."""
-    folder = config.run.output_dir
+    """The checkpoint to go on from, the same on all ranks; without --resume a folder that holds one is refused."""
+    folder = Path(config.run.output_dir)
     if config.run.resume:
-        return checkpoint.load_newest(folder)
+        newest = checkpoint.load_newest(folder) if distributed.is_main() else None
+        name = distributed.broadcast_object(newest[0].name if newest else None)
+        if name is None or newest:
+            return newest
+        if not (folder / name).exists():
+            raise ConfigError(
+                f"--output_dir {folder}: process {distributed.rank()} does not see {name}; "
+                "all machines need one shared folder"
+            )
+        return folder / name, checkpoint.load(folder / name)
     paths = checkpoint.update_paths(folder)
     if paths and config.run.save:
         raise ConfigError(
@@ -146,12 +159,12 @@ def _find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
 def _start_from(
     config: Config, resumed: tuple[Path, dict[str, Any]] | None
 ) -> tuple[Config, Dictionary | None, Mapping[str, Tensor]]:
-    """The configuration with the architecture that counts, the dictionary, and the weights to start from."""
+    """The configuration with the architecture that counts, the dictionary, and the weights that are not fresh."""
     if resumed:
         path, state = resumed
         if state["mode"] != config.mode:
             raise CheckpointError(f"{path}: is of {state['mode']}; choose another --output_dir for {config.mode}")
-        saved = flags.from_dict(Config, state["config"])
+        saved = saved_config(state, path)
         if config.mode == "pretrain" and saved.model != config.model:
             raise CheckpointError(
                 f"{path}: has another architecture ({_differences(saved.model, config.model)}); "
@@ -164,7 +177,7 @@ def _start_from(
         dictionary = Dictionary.from_symbols(state["labels"]) if state["labels"] else None
         return config, dictionary, state["model"]
     if config.mode == "pretrain":
-        return config, None, build_model(config, None).state_dict()
+        return config, None, {}
     dictionary = Dictionary.read(Path(config.data.data) / f"dict.{config.data.labels}.txt")
     model_config, weights = load_pretrained(config.ctc.w2v_path)
     return replace(config, model=model_config), dictionary, weights
@@ -175,10 +188,30 @@ def load_pretrained(path: str) -> tuple[ModelConfig, dict[str, Tensor]]:
     state = checkpoint.load(path)
     if state["mode"] != "pretrain":
         raise CheckpointError(f"{path}: is a fine-tuned model; --w2v_path takes a pre-trained one")
-    weights = {**state["model"], **(state["ema"] or {})}
+    weights = {**state["model"], **(state.get("ema") or {})}
     heads = ("quantizer.", "project_q.", "final_proj.")
     trunk = {f"w2v.{name}": value for name, value in weights.items() if not name.startswith(heads)}
-    return flags.from_dict(Config, state["config"]).model, trunk
+    return saved_config(state, path).model, trunk
+
+
+def saved_config(state: Mapping[str, Any], path: str | Path) -> Config:
+    """The configuration in a checkpoint. Raises CheckpointError naming the file."""
+    try:
+        return flags.from_dict(Config, state["config"])
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: cannot be used: {error}") from error
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str | Path, *, fresh: str = "") -> None:
+    """Put weights into a model; those of `fresh` (a prefix) keep their own. Raises CheckpointError naming the file."""
+    own = {name: value for name, value in model.state_dict().items() if fresh and name.startswith(fresh)}
+    try:
+        model.load_state_dict({**own, **weights})
+    except RuntimeError as error:  # torch lists all differences, one per line below the first
+        reasons = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
+        raise CheckpointError(
+            f"{path}: its weights do not fit its architecture ({reasons[0][:160]}); use another checkpoint"
+        ) from error
 
 
 def _freeze_idle(model: nn.Module, config: Config) -> None:
@@ -231,45 +264,18 @@ def _build_optimizer(config: Config, model: nn.Module) -> MixedPrecisionOptimize
     )
 
 
-def _build_schedule(config: Config) -> Callable[[int], float]:
-    optim, noam = config.optim, config.optim.lr_policy == "noam"
-    return make_schedule(
-        optim.lr_policy,
-        lr=optim.lr,
-        warmup_updates=optim.warmup_updates,
-        hold_updates=optim.hold_updates,
-        initial_lr_scale=optim.initial_lr_scale,
-        final_lr_scale=optim.final_lr_scale,
-        power=optim.lr_poly_power,
-        lr_exp_decay=optim.lr_exp_decay,
-        max_update=None if noam else optim.max_update,  # noam has no end,
-        d_model=config.model.encoder_embed_dim if noam else None,  # and depends on the width
-    )
-
-
-def _time_mask(mask: MaskConfig) -> SpanMasking | None:
-    if mask.mask_prob == 0:
+def _span_masking(mask: MaskConfig, kind: str) -> SpanMasking | None:
+    """How spans of frames ("mask") or of channels ("mask_channel") are drawn; None where none are."""
+    prob = getattr(mask, f"{kind}_prob")
+    if prob == 0:
         return None
     return SpanMasking(
-        prob=mask.mask_prob,
-        length=mask.mask_length,
-        selection=mask.mask_selection,
-        other=mask.mask_other,
-        no_overlap=mask.no_mask_overlap,
-        min_space=mask.mask_min_space,
-    )
-
-
-def _channel_mask(mask: MaskConfig) -> SpanMasking | None:
-    if mask.mask_channel_prob == 0:
-        return None
-    return SpanMasking(
-        prob=mask.mask_channel_prob,
-        length=mask.mask_channel_length,
-        selection=mask.mask_channel_selection,
-        other=mask.mask_channel_other,
-        no_overlap=mask.no_mask_channel_overlap,
-        min_space=mask.mask_channel_min_space,
+        prob=prob,
+        length=getattr(mask, f"{kind}_length"),
+        selection=getattr(mask, f"{kind}_selection"),
+        other=getattr(mask, f"{kind}_other"),
+        no_overlap=getattr(mask, f"no_{kind}_overlap"),
+        min_space=getattr(mask, f"{kind}_min_space"),
     )
 
 
@@ -303,8 +309,8 @@ def _build_loaders(
         required_batch_size_multiple=data.required_batch_size_multiple,
         max_sample_size=data.max_sample_size or None,
         min_sample_size=data.min_sample_size,
-        time_mask=_time_mask(config.mask),
-        channel_mask=_channel_mask(config.mask),
+        time_mask=_span_masking(config.mask, "mask"),
+        channel_mask=_span_masking(config.mask, "mask_channel"),
         channels=config.model.encoder_embed_dim,
         concat=data.num_concat_batches,
         update_freq=data.update_freq,
@@ -313,7 +319,7 @@ def _build_loaders(
     valid = valid_loader(
         manifest(data.valid_subset),
         max_tokens=data.max_tokens_valid or data.max_tokens,
-        time_mask=_time_mask(config.mask) if pretraining else None,
+        time_mask=_span_masking(config.mask, "mask") if pretraining else None,
         **shared,
     )
     return train, valid

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 from common.checkpoint import default_milestones
 from common.errors import ConfigError
@@ -280,7 +281,7 @@ class OptimConfig:
         None, "factor per update of the exponential decay; without it the decay ends at --final_lr_scale", minimum=0.0
     )
     adam_betas: tuple[float, ...] = flag((0.9, 0.98), "decay rates of Adam's moments", nargs=2)
-    adam_eps: float = flag(1e-6, "Adam's epsilon", minimum=0.0)
+    adam_eps: float = flag(1e-6, "Adam's epsilon", minimum=1e-15)
     weight_decay: float = flag(0.0, "decoupled weight decay", minimum=0.0)
     clip_norm: float = flag(0.0, "largest gradient norm; 0 is off", minimum=0.0)
     ema: float = flag(
@@ -289,6 +290,22 @@ class OptimConfig:
         minimum=0.0,
         maximum=1.0,
     )
+
+    def schedule(self, width: int) -> dict[str, Any]:
+        """The learning rate's settings for make_schedule(); `width` of the transformer is for noam."""
+        noam = self.lr_policy == "noam"
+        return {
+            "policy": self.lr_policy,
+            "lr": self.lr,
+            "warmup_updates": self.warmup_updates,
+            "hold_updates": self.hold_updates,
+            "initial_lr_scale": self.initial_lr_scale,
+            "final_lr_scale": self.final_lr_scale,
+            "power": self.lr_poly_power,
+            "lr_exp_decay": self.lr_exp_decay,
+            "max_update": None if noam else self.max_update,  # noam has no end,
+            "d_model": width if noam else None,  # and depends on the width
+        }
 
 
 @dataclass(frozen=True)

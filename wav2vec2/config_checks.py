@@ -7,12 +7,15 @@ from collections.abc import Collection
 from pathlib import Path
 
 from common.errors import ConfigError
+from common.schedules import make_schedule
 from wav2vec2.config import FP32_OPS, Config, InferenceConfig, PrecisionConfig
 
 
 def check_train_config(config: Config, explicit: Collection[str]) -> None:
     """Refuse combinations that cannot work, and flags that would have no effect. Raises ConfigError."""
     _check_precision(config.precision, explicit)
+    _check_optimizer(config)
+    _check_masks(config)
     _check_objective(config, explicit)
     _check_paths(config)
     _check_effects(config, explicit)
@@ -34,6 +37,24 @@ def _check_precision(precision: PrecisionConfig, explicit: Collection[str]) -> N
     for name in ("fp16_init_scale", "fp16_scale_window", "min_loss_scale"):
         if name in explicit and not precision.fp16:
             raise ConfigError(f"--{name}: has an effect only with --fp16; drop it")
+
+
+def _check_optimizer(config: Config) -> None:
+    optim = config.optim
+    if not all(0 <= beta < 1 for beta in optim.adam_betas):
+        raise ConfigError(f"--adam_betas {' '.join(map(str, optim.adam_betas))}: each is from 0 to below 1")
+    if optim.ema == 1:
+        raise ConfigError("--ema 1: the average would never move; 0.999 and 0.9999 are usual")
+    make_schedule(**optim.schedule(config.model.encoder_embed_dim))
+
+
+def _check_masks(config: Config) -> None:
+    for kind in ("mask", "mask_channel"):
+        selection, other, length = (getattr(config.mask, f"{kind}_{name}") for name in ("selection", "other", "length"))
+        if selection == "uniform" and other > 2 * length:
+            raise ConfigError(
+                f"--{kind}_other {other}: the shortest span, at most twice --{kind}_length {length}; lower it"
+            )
 
 
 def _check_objective(config: Config, explicit: Collection[str]) -> None:
@@ -75,6 +96,9 @@ def _check_effects(config: Config, explicit: Collection[str]) -> None:
         "hourglass_resample": (bool(config.model.hourglass_transformer), "with --hourglass_transformer"),
         "mask_min_space": (config.mask.no_mask_overlap, "with --no_mask_overlap"),
         "mask_channel_min_space": (config.mask.no_mask_channel_overlap, "with --no_mask_channel_overlap"),
+        "save_frequency": (config.run.save, "without --no_save"),
+        "save_interval_updates": (config.run.save, "without --no_save"),
+        "keep_milestones": (config.run.save, "without --no_save"),
         "mask_other": (
             config.mask.mask_selection in ("uniform", "normal"),
             "with --mask_selection uniform or normal",
@@ -86,6 +110,11 @@ def _check_effects(config: Config, explicit: Collection[str]) -> None:
         "blank_mode": (config.ctc.blank_weight != 0, "with --blank_weight"),
         "num_warmup_epochs": (config.run.num_epochs > 0, "with --num_epochs"),
     }
+    for name in explicit:
+        if name.startswith("mask_channel_") and name != "mask_channel_prob":
+            needs.setdefault(name, (config.mask.mask_channel_prob > 0, "with --mask_channel_prob above 0"))
+        elif name.startswith("mask_") and not name.startswith("mask_channel") and name != "mask_prob":
+            needs.setdefault(name, (config.mask.mask_prob > 0, "with --mask_prob above 0"))
     for name, (has_effect, condition) in needs.items():
         if name in explicit and not has_effect:
             raise ConfigError(f"--{name}: has an effect only {condition}; drop it")

@@ -164,7 +164,7 @@ def code_statistics(logits_RGV: Tensor, weights_R: Tensor | None = None) -> tupl
     """Perplexity of the arg-max codes and of the mean probabilities of R frames, each counted with its weight."""
     if weights_R is None:
         weights_R = logits_RGV.new_ones(len(logits_RGV))
-    share_R = weights_R / weights_R.sum()
+    share_R = weights_R.to(logits_RGV.dtype) / weights_R.sum()
     used_RGV = F.one_hot(logits_RGV.argmax(-1), logits_RGV.shape[-1]).to(logits_RGV.dtype)
     probabilities_RGV = torch.softmax(logits_RGV, -1)
     means = [torch.einsum("r,rgv->gv", share_R, values) for values in (used_RGV, probabilities_RGV)]

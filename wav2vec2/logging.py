@@ -71,10 +71,10 @@ def summarize(sums: Mapping[str, float], mode: str) -> dict[str, float]:
 
     Pre-training divides by masked frames; fine-tuning by sentences (loss), letters (nll_loss) or frames (blank_share).
     """
-    tokens = max(sums["ntokens"], 1.0)
+    tokens = sums["ntokens"] or math.nan  # of nothing there is no mean
     if mode == "finetune":
         values = {
-            "loss": sums["loss"] / max(sums["nsentences"], 1.0) / math.log(2),
+            "loss": sums["loss"] / (sums["nsentences"] or math.nan) / math.log(2),
             "nll_loss": sums["loss"] / tokens / math.log(2),
         }
         if "c_errors" in sums:

@@ -59,9 +59,10 @@ class ChannelNorm(nn.GroupNorm):
 
     def forward(self, x_BCT: Tensor, lengths_B: Tensor | None = None) -> Tensor:
         """Normalise every channel over time; `lengths_B` are valid frames per row, None when all are."""
-        x = x_BCT.to(self.weight.dtype)
         if lengths_B is None:
+            x = x_BCT.to(self.weight.dtype)
             return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps).to(x_BCT.dtype)
+        x = at_least_fp32(x_BCT)  # sums over seconds of audio overflow float16
         valid_B1T = valid_positions(lengths_B, x.shape[-1])[:, None]
         count_B11 = lengths_B[:, None, None]
         mean_BC1 = (x * valid_B1T).sum(-1, keepdim=True) / count_B11
@@ -302,6 +303,10 @@ class Quantized:
     vectors_RD: Tensor
     codes_RG: Tensor
     logits_RGV: Tensor
+
+    def rows(self, some: slice) -> Quantized:
+        """The same of some of the frames."""
+        return Quantized(self.vectors_RD[some], self.codes_RG[some], self.logits_RGV[some])
 
 
 class GumbelQuantizer(nn.Module):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common import checkpoint, distributed, flags
 from common.data.loader import TrainLoader, ValidLoader
 from common.ema import Ema
-from common.errors import TrainingError
+from common.errors import CheckpointError, TrainingError
 from common.labels import Dictionary
 from common.logger import RunLogger, progress
 from common.metrics import Metrics
@@ -125,6 +126,7 @@ class Run:
         for interval in (self._since_validation, self._epoch):
             interval.add({name: sums[name] for name in sums if REDUCTIONS[name] == "sum"}, self._unlogged, seconds)
         left = self.config.optim.max_update - self.progress.step
+        self._refuse_collapse(sums)
         values = self._values(sums, self._unlogged, seconds) | {
             "eta": left * seconds / self._unlogged,
             "data_wait": 100 * sums["data_wait"] / seconds,
@@ -153,13 +155,14 @@ class Run:
             values = evaluate(self.task, bar, self.device, self.dictionary)
         self.logger.log("val", step, values)
         score = values.get("wer", values["loss"])
-        if self.progress.best is None or score < self.progress.best:
+        if math.isfinite(score) and (self.progress.best is None or score < self.progress.best):
             self.progress.best = score
             self.save(checkpoint.best_path(self.config.run.output_dir))
         self._clock = time.perf_counter()
 
     def save(self, path: Path) -> None:
         """Write a checkpoint, and remove those that are no longer wanted."""
+        self.log()  # so that no checkpoint of a run that has gone wrong replaces a good one
         if self.config.run.save and distributed.is_main():
             checkpoint.save(path, self.state_dict())
             keep = checkpoint.Retention(milestones=self.config.milestones())
@@ -184,8 +187,13 @@ class Run:
             "progress": vars(self.progress).copy(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], path: Path) -> None:
         """Go on where a checkpoint stands; its weights are in the model already."""
+        missing = [name for name in ("optimizer", "scaler", "ema", "loader", "progress") if name not in state]
+        if missing:
+            raise CheckpointError(
+                f"{path}: cannot be resumed, it has no {', '.join(missing)}; start a new run in another --output_dir"
+            )
         self.optimizer.load_state_dict(state["optimizer"])
         if self.optimizer.scaler and state["scaler"]:
             self.optimizer.scaler.load_state_dict(state["scaler"])
@@ -203,6 +211,23 @@ class Run:
             self.logger.log("benchmark", (), means)
         self.train_loader.close()
         self.logger.close()
+
+    def _refuse_collapse(self, sums: Mapping[str, float]) -> None:
+        """Stop where going on cannot help; every rank sees the same sums."""
+        folder, step = self.config.run.output_dir, self.progress.step
+        if not sums["ntokens"]:
+            raise TrainingError(
+                "no frame was masked, so there is nothing to learn; lower --mask_length, or drop --no_mask_overlap"
+                if isinstance(self.task, PretrainTask)
+                else "all transcripts are empty, so there is nothing to learn; check the label file"
+            )
+        broken = [name for name in ("loss", "grad_norm") if not math.isfinite(sums.get(name, 0.0))]
+        # in fp16 an overflow is the loss scaler's business
+        if broken and not (self.config.precision.fp16 and self.optimizer.num_skipped):
+            raise TrainingError(
+                f"{' and '.join(broken)} not finite by update {step}; the last checkpoint in {folder} is of before; "
+                "go on from it with --resume and a lower --lr"
+            )
 
     def _end_benchmark_epoch(self, epoch: int) -> None:
         values = self._values(self._epoch.sums, self._epoch.updates, self._epoch.seconds)

@@ -20,7 +20,7 @@ from wav2vec2 import criterion
 from wav2vec2.attention import valid_positions
 from wav2vec2.config import ObjectiveConfig
 from wav2vec2.criterion import Negatives
-from wav2vec2.model import Wav2Vec2Ctc, Wav2Vec2Model, at_least_fp32
+from wav2vec2.model import Quantized, Wav2Vec2Ctc, Wav2Vec2Model, at_least_fp32
 
 Stats = dict[str, Tensor | float]
 
@@ -35,8 +35,34 @@ class _Place:
     quantized: slice
 
 
+@dataclass(frozen=True)
+class _Outputs:
+    """What the model gives the losses: predictions, targets with their ids, and the energy of every frame."""
+
+    predictions_RF: Tensor
+    targets_QF: Tensor
+    ids_Q: Tensor
+    quantized: Quantized | None
+    energy_BT: Tensor
+
+
+@dataclass(frozen=True)
+class SubBatchLoss:
+    """The losses of one sub-batch (weighted sums over its masked frames, in nats) and what they are made of.
+
+    `perplexities` are multiplied by the number of masked frames too; `diversity` and `penalty` are not weighted.
+    """
+
+    terms: dict[str, Tensor]
+    perplexities: dict[str, Tensor]
+    logits_bMN: Tensor
+    quantized: Quantized | None
+    diversity: Tensor | None
+    penalty: Tensor
+
+
 def _add(stats: Stats, name: str, value: Tensor) -> None:
-    stats[name] = stats[name] + value if name in stats else value
+    stats[name] = stats.get(name, 0.0) + value
 
 
 def norm_lengths(batch: Batch, *, reference_padding: bool) -> Tensor | None:
@@ -103,66 +129,77 @@ class PretrainTask(nn.Module):
 
     def forward(self, batch: Batch, count: Tensor) -> tuple[Tensor, Stats]:
         """The loss of this batch as its share of an update of `count` masked frames, for DDP's mean over ranks."""
-        with autocast(batch.audio_BS.device, self.amp_dtype):
-            noise, negatives = self._draw(batch)
-            loss, stats = self.losses(batch, noise, negatives)
+        noise, negatives = self._draw(batch)
+        loss, stats, _ = self.losses(batch, noise, negatives)
         return loss / count * distributed.world_size(), stats
 
-    def losses(self, batch: Batch, noise_QGV: Tensor | None, negatives: Sequence[Negatives]) -> tuple[Tensor, Stats]:
-        """Total loss (sum over masked frames, in nats) and statistics, with given Gumbel noise and negatives.
+    def losses(
+        self, batch: Batch, noise_QGV: Tensor | None, negatives: Sequence[Negatives]
+    ) -> tuple[Tensor, Stats, list[SubBatchLoss]]:
+        """Total loss (sum over masked frames, in nats), statistics, and what each sub-batch gave.
 
         Q are the quantized frames: the R masked ones, or with --negatives_from_everywhere all frames of all
         sub-batches, one after the other. Without noise the quantizer takes the arg-max.
         """
-        model, objective = self.model, self.objective
-        encoded = model(
-            batch.audio_BS,
-            batch.lengths_B if batch.padded else None,
-            norm_lengths_B=norm_lengths(batch, reference_padding=self.reference_padding),
-            mask_BT=batch.mask_BT,
-            channel_mask_BD=batch.channel_mask_BD,
-        )
-        predictions_RF = model.final_proj(encoded.x_BTD.flatten(0, 1).index_select(0, present(batch.masked_R)))
-        features_QC = self._frames_to_quantize(batch, encoded.features_BTC)
-        targets_QF, quantized = model.quantize(features_QC, noise_QGV)
-        ids_Q = criterion.target_ids(features_QC)
-        if quantized is not None and model.quantizer is not None:
-            ids_Q = model.quantizer.joint_codes(quantized.codes_RG)
+        outputs = self._outputs(batch, noise_QGV)
+        results = [
+            self._sub_batch_loss(batch, place, outputs, drawn)
+            for place, drawn in zip(self._places(batch), negatives, strict=True)
+            if place.sub.masked
+        ]
+        terms = [term for result in results for term in result.terms.values()]
+        # Without a masked frame there are no terms; empty sums keep every parameter in the graph, as DDP needs.
+        empty = outputs.predictions_RF[:0].sum() + outputs.targets_QF[:0].sum()
+        total = torch.stack(terms).sum() if terms else empty
+        stats: Stats = {"loss": total.detach(), "correct": 0.0, "ntokens": float(batch.num_masked), **counts(batch)}
+        for result in results:
+            _add(stats, "correct", criterion.num_correct(result.logits_bMN.detach()))
+            for name, term in {**result.terms, **result.perplexities}.items():
+                _add(stats, name, term.detach())
+        return total, stats, results
+
+    def _outputs(self, batch: Batch, noise_QGV: Tensor | None) -> _Outputs:
+        """The model's part, under autocast with --amp."""
+        model = self.model
+        with autocast(batch.audio_BS.device, self.amp_dtype):
+            encoded = model(
+                batch.audio_BS,
+                batch.lengths_B if batch.padded else None,
+                norm_lengths_B=norm_lengths(batch, reference_padding=self.reference_padding),
+                mask_BT=batch.mask_BT,
+                channel_mask_BD=batch.channel_mask_BD,
+            )
+            predictions_RF = model.final_proj(encoded.x_BTD.flatten(0, 1).index_select(0, present(batch.masked_R)))
+            features_QC = self._frames_to_quantize(batch, encoded.features_BTC)
+            targets_QF, quantized = model.quantize(features_QC, noise_QGV)
+        if quantized is None:
+            ids_Q = criterion.target_ids(features_QC)
+        else:
+            ids_Q = present(model.quantizer).joint_codes(quantized.codes_RG)
         if self.fp32_cosine:
             predictions_RF, targets_QF = at_least_fp32(predictions_RF), at_least_fp32(targets_QF)
-
         energy_BT = criterion.frame_energy(encoded.conv_features_BCT)
-        total = energy_BT.new_zeros(()) if batch.num_masked else predictions_RF.sum() + targets_QF.sum()
-        stats: Stats = {"correct": energy_BT.new_zeros(())}
-        for place, drawn in zip(self._places(batch), negatives, strict=True):
-            if not place.sub.masked:
-                continue
-            logits_bMN = self._logits(
-                batch,
-                place,
-                predictions_RF[place.masked],
-                targets_QF[place.quantized],
-                ids_Q[place.quantized],
-                drawn,
+        return _Outputs(predictions_RF, targets_QF, ids_Q, quantized, energy_BT)
+
+    def _sub_batch_loss(self, batch: Batch, place: _Place, outputs: _Outputs, drawn: Negatives) -> SubBatchLoss:
+        """The terms of one sub-batch, each a sum over its masked frames; a zero weight drops its term."""
+        size = place.sub.rows * place.sub.masked
+        logits_bMN = self._logits(batch, place, outputs, drawn)
+        penalty = self._penalty(batch, place, outputs.energy_BT)
+        terms, perplexities, diversity = {"loss_0": criterion.info_nce(logits_bMN)}, {}, None
+        diversity_weight, penalty_weight = self.objective.loss_weights
+        quantized = outputs.quantized.rows(place.quantized) if outputs.quantized is not None else None
+        if quantized is not None:
+            code_perplexity, prob_perplexity = criterion.code_statistics(
+                quantized.logits_RGV, self._weights(batch, place)
             )
-            terms = {"loss_0": criterion.info_nce(logits_bMN)}
-            stats["correct"] += criterion.num_correct(logits_bMN.detach())
-            size = place.sub.rows * place.sub.masked
-            if quantized is not None:
-                code_perplexity, prob_perplexity = criterion.code_statistics(
-                    quantized.logits_RGV[place.quantized], self._weights(batch, place)
-                )
-                num_codes = quantized.logits_RGV[0].numel()
-                terms["loss_1"] = objective.loss_weights[0] * size * criterion.diversity(prob_perplexity, num_codes)
-                _add(stats, "prob_perplexity", prob_perplexity.detach() * size)
-                _add(stats, "code_perplexity", code_perplexity.detach() * size)
-            terms["loss_2"] = objective.loss_weights[1] * size * self._penalty(batch, place, energy_BT)
-            for name, term in terms.items():
-                if name == "loss_0" or objective.loss_weights[int(name[-1]) - 1]:  # a zero weight drops its term
-                    total = total + term
-                    _add(stats, name, term.detach())
-        stats |= {"loss": total.detach(), "ntokens": float(batch.num_masked), **counts(batch)}
-        return total, stats
+            diversity = criterion.diversity(prob_perplexity, quantized.logits_RGV[0].numel())
+            perplexities = {"code_perplexity": code_perplexity * size, "prob_perplexity": prob_perplexity * size}
+            if diversity_weight:
+                terms["loss_1"] = diversity_weight * size * diversity
+        if penalty_weight:
+            terms["loss_2"] = penalty_weight * size * penalty
+        return SubBatchLoss(terms, perplexities, logits_bMN, quantized, diversity, penalty)
 
     def _draw(self, batch: Batch) -> tuple[Tensor | None, list[Negatives]]:
         """Gumbel noise (in training) and negatives, each from the generator of its sub-batch."""
@@ -208,16 +245,9 @@ class PretrainTask(nn.Module):
             return (present(batch.masked_R)[place.masked] % present(batch.mask_BT).shape[1]).view(shape)
         return torch.arange(place.sub.masked, device=batch.audio_BS.device).expand(shape)
 
-    def _logits(
-        self,
-        batch: Batch,
-        place: _Place,
-        predictions: Tensor,
-        candidates: Tensor,
-        ids: Tensor,
-        drawn: Negatives,
-    ) -> Tensor:
+    def _logits(self, batch: Batch, place: _Place, outputs: _Outputs, drawn: Negatives) -> Tensor:
         """Similarities [b, M, 1 + N] of one sub-batch."""
+        candidates, ids = outputs.targets_QF[place.quantized], outputs.ids_Q[place.quantized]
         rows, width = place.sub.rows, candidates.shape[-1]
         own_bM = self._own_frames(batch, place)
         candidates_bPF, ids_bP = candidates.view(rows, -1, width), ids.view(rows, -1)
@@ -229,7 +259,7 @@ class PretrainTask(nn.Module):
             vectors_bMnF = vectors.to(candidates.dtype).view(*codes.shape[:3], width)
             codebook = vectors_bMnF, quantizer.joint_codes(codes)
         return criterion.contrastive_logits(
-            predictions.view(rows, -1, width),
+            outputs.predictions_RF[place.masked].view(rows, -1, width),
             candidates_bPF.gather(1, own_bM[..., None].expand(-1, -1, width)),
             ids_bP.gather(1, own_bM),
             candidates_bPF,

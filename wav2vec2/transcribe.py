@@ -7,16 +7,16 @@ Stages: load_recognizer(), open_list() -> the pass itself, in inference.py -> ga
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from common import checkpoint, distributed, flags
+from common import checkpoint, distributed
 from common.data.audio import normalize, read_audio
 from common.data.collate import Batch, Collator
 from common.data.dataset import Sample
@@ -27,8 +27,8 @@ from common.errors import CheckpointError, ConfigError, DataError
 from common.labels import Dictionary, words
 from common.precision import to_half
 from wav2vec2 import decoding
-from wav2vec2.build import HALF, build_model, fp32_modules
-from wav2vec2.config import Config, ModelConfig, PrecisionConfig
+from wav2vec2.build import HALF, build_model, fp32_modules, load_weights, saved_config
+from wav2vec2.config import ModelConfig, PrecisionConfig
 from wav2vec2.model import Wav2Vec2Ctc, at_least_fp32
 from wav2vec2.task import FinetuneTask
 
@@ -73,14 +73,14 @@ def load_recognizer(
             f"{path}: is a pre-trained model, which has no output symbols; fine-tune it first (train.py finetune)"
         )
     try:
-        config = replace(flags.from_dict(Config, state["config"]), mode=state["mode"], precision=precision)
+        config = replace(saved_config(state, path), mode=state["mode"], precision=precision)
         dictionary = Dictionary.from_symbols(state["labels"])
         model = build_model(config, dictionary)
     except (ConfigError, DataError) as error:
         raise CheckpointError(f"{path}: cannot be used: {error}") from error
     assert isinstance(model, Wav2Vec2Ctc), "fine-tuning gives a CTC model"  # noqa: S101
     averaged = (state.get("ema") or {}) if use_ema else {}
-    _load_weights(model, {**state["model"], **averaged}, path)
+    load_weights(model, {**state["model"], **averaged}, path)
     if precision.name in HALF:
         to_half(model, HALF[precision.name], fp32_modules(model, precision.kept_in_fp32()))
     task = FinetuneTask(model.requires_grad_(False), seed=0, reference_padding=reference_padding)
@@ -94,16 +94,6 @@ def load_recognizer(
         precision.name,
     )
     return Recognizer(task.to(device).eval(), dictionary, config.model)
-
-
-def _load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str) -> None:
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:  # torch lists all differences, one per line below the first
-        reasons = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
-        raise CheckpointError(
-            f"{path}: its weights do not fit its architecture ({reasons[0][:160]}); use another checkpoint"
-        ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -59,7 +59,6 @@ class Batch:
     masked_R: Tensor | None = None
     channel_mask_BD: Tensor | None = None
     labels_BL: Tensor | None = None
-    label_lengths_B: Tensor | None = None
     label_lengths: tuple[int, ...] | None = None
     texts: tuple[str, ...] | None = None
 
@@ -142,7 +141,6 @@ class Collator:
             masked_R=None if mask_BT is None else torch.from_numpy(np.flatnonzero(mask_BT)),
             channel_mask_BD=self._channel_masks(planned, samples),
             labels_BL=_padded_labels(labels) if labels else None,
-            label_lengths_B=torch.tensor(label_lengths) if labels else None,
             label_lengths=label_lengths if labels else None,
             texts=_texts(rows),
         )

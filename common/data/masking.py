@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from common.errors import ConfigError
-
 SELECTIONS = ("static", "uniform", "normal", "poisson")
 
 
@@ -41,13 +39,11 @@ class SpanMasking:
 
     def __post_init__(self) -> None:
         if self.selection not in SELECTIONS:
-            raise ConfigError(f"--mask_selection {self.selection}: unknown; use {', '.join(SELECTIONS)}")
+            raise ValueError(f"selection {self.selection}: unknown; use {', '.join(SELECTIONS)}")
         if self.selection == "uniform" and not 0 <= self.other <= 2 * self.length:
-            raise ConfigError(
-                f"--mask_other {self.other}: the shortest span lies between 0 and twice --mask_length {self.length}"
-            )
+            raise ValueError(f"other {self.other}: the shortest span lies between 0 and twice length {self.length}")
         if self.length < 1:
-            raise ConfigError(f"--mask_length {self.length}: a span has at least 1 frame; give 1 or more")
+            raise ValueError(f"length {self.length}: a span has at least 1 frame")
 
 
 def span_mask(

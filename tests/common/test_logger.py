@@ -185,7 +185,6 @@ def test_other_ranks_write_nothing(tmp_path, caplog):
     run.log("train", (1, 1), {"loss": 1.0})
     run.parameters({"lr": 1})
     run.console("hello")
-    run.flush()
     run.close()
     assert not (tmp_path / "run").exists()
     assert caplog.text == ""
@@ -254,8 +253,8 @@ def root_logger():
 
 def test_the_console_is_set_up_once_and_warnings_are_marked(root_logger):
     stream = io.StringIO()
-    setup_console("debug")
-    setup_console("info", stream=stream)
+    setup_console()
+    setup_console(stream=stream)
     logging.getLogger("common.some").info("a line")
     logging.getLogger("common.some").debug("not shown")
     logging.getLogger("common.some").warning("look out")
@@ -264,7 +263,7 @@ def test_the_console_is_set_up_once_and_warnings_are_marked(root_logger):
 
 def test_other_ranks_tell_errors_only(root_logger):
     stream = io.StringIO()
-    setup_console("info", is_main=False, stream=stream)
+    setup_console(is_main=False, stream=stream)
     logging.getLogger("common.some").warning("a warning")
     logging.getLogger("common.some").error("an error")
     assert stream.getvalue() == "ERROR: an error\n"

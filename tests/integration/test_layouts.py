@@ -124,11 +124,7 @@ def main() -> None:
     folder, output = map(Path, sys.argv[1:])
     with distributed.session("cpu"):
         rank = distributed.rank()
-        found = {
-            f"{mode} {layout}": gradients(folder, mode, layout, rank)
-            for mode in ("pretrain", "finetune")
-            for layout in TWO
-        }
+        found = {f"{mode} {layout}": gradients(folder, mode, layout, rank) for mode in MODES for layout in TWO}
         if distributed.is_main():
             torch.save(found, output)
 
