@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from common import distributed, rng
 from common.data.collate import Batch
 from common.entry import run_program
+from common.errors import DataError
 from common.logger import setup_console
 from wav2vec2.arg_parser import parse_train
 from wav2vec2.build import build_run
@@ -26,10 +27,14 @@ def main(argv: Sequence[str]) -> None:
 
 def train(run: Run) -> None:
     """Train from wherever the run stands to its last update."""
-    while not run.finished:
-        batches = run.train_loader.next_update()
-        updated = train_step(run, batches, run.progress.step)
-        run.after_update(updated)
+    try:
+        while not run.finished:
+            batches = run.train_loader.next_update()
+            updated = train_step(run, batches, run.progress.step)
+            run.after_update(updated)
+    except DataError:
+        run.rescue()  # a bad file must not cost what was learnt before it
+        raise
     run.close()
 
 

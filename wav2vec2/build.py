@@ -85,6 +85,8 @@ def build_run(config: Config, device: torch.device, command: list[str]) -> Run:
     if resumed:
         run.load_state_dict(resumed[1], resumed[0])
         log.info("resumed %s: update %d, epoch %d", resumed[0], run.progress.step, run.train_loader.epoch)
+        if run.finished:
+            log.info("the run is finished already; raise --max_update to train longer")
     _describe(run, command)
     return run
 
@@ -174,7 +176,7 @@ def _start_from(
         changed = _differences(saved, config)
         if changed:
             log.warning("options differ from those of %s: %s", path, changed)
-        dictionary = Dictionary.from_symbols(state["labels"]) if state["labels"] else None
+        dictionary = Dictionary.from_symbols(state["labels"]) if state.get("labels") else None
         return config, dictionary, state["model"]
     if config.mode == "pretrain":
         return config, None, {}

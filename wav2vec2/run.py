@@ -170,6 +170,11 @@ class Run:
             log.info("saved %s", path)
         self._clock = time.perf_counter()
 
+    def rescue(self) -> None:
+        """Save where a run of one process stands; several may no longer agree on where that is."""
+        if self.progress.step and distributed.world_size() == 1:
+            self.save(checkpoint.update_path(self.config.run.output_dir, self.progress.step))
+
     def state_dict(self) -> dict[str, Any]:
         """All that a checkpoint holds."""
         config, scaler = self.config, self.optimizer.scaler

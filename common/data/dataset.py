@@ -3,8 +3,10 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -12,6 +14,8 @@ from common.data.audio import normalize, read_audio
 from common.data.manifest import Manifest
 from common.errors import DataError
 from common.rng import numpy_rng
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +77,26 @@ class SpeechDataset:
             return None
         return self._encode(text, self.manifest.text_where(index))
 
-    def check_labels(self) -> None:
-        """Encode all labels once, so that a run does not end at an unknown symbol after hours."""
-        for index in range(len(self.manifest) if self._encode is not None else 0):
-            self.labels(index)
+    def check_labels(self, frames: np.ndarray) -> None:
+        """Encode all labels once, so that a run does not end at an unknown symbol after hours.
+
+        CTC needs a frame for every symbol and one more between equal neighbours; utterances whose `frames` are
+        fewer teach nothing. They are reported, and DataError is raised when all of them are such.
+        """
+        if self._encode is None:
+            return
+        impossible = [
+            index for index in range(len(self.manifest)) if _frames_needed(self.labels(index) or []) > frames[index]
+        ]
+        if impossible:
+            message = (
+                f"{self.manifest.text_where(impossible[0])}: the transcript has more letters than its audio has "
+                f"frames; so it is in {len(impossible)} of {len(self.manifest)} utterances"
+            )
+            if len(impossible) == len(self.manifest):
+                raise DataError(f"{message}; check that labels and list are in the same order")
+            log.warning("%s, which CTC cannot align and which count as loss 0; remove or correct them", message)
+
+
+def _frames_needed(labels: list[int]) -> int:
+    return len(labels) + sum(first == second for first, second in pairwise(labels))

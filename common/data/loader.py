@@ -209,7 +209,7 @@ def train_loader(
         )
     _check_frames(kept, num_frames)
     dataset = SpeechDataset(kept, sample_rate=sample_rate, normalize=normalize, seed=seed, encode=encode)
-    dataset.check_labels()
+    dataset.check_labels(num_frames(kept.num_samples))
     plan = plan_sub_batches(
         kept.num_samples,
         max_tokens=max_tokens,
@@ -253,7 +253,7 @@ def valid_loader(
     """Validation batches of a manifest, padded; an utterance above max_tokens is a batch of its own."""
     _check_frames(manifest, num_frames)
     dataset = SpeechDataset(manifest, sample_rate=sample_rate, normalize=normalize, seed=seed, encode=encode)
-    dataset.check_labels()
+    dataset.check_labels(num_frames(manifest.num_samples))
     plan = plan_sub_batches(
         manifest.num_samples,
         max_tokens=max_tokens and max(max_tokens, int(manifest.num_samples.max())),
