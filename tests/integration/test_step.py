@@ -20,10 +20,10 @@ from wav2vec2.run import Run
 from wav2vec2.task import PretrainTask
 
 COMMON = [
-    *("--num_workers", "0", "--device", "cpu", "--mask_length", "3", "--save_frequency", "1000"),
+    *("--num_workers", "0", "--device", "cpu", "--save_frequency", "1000"),
     *("--dropout", "0", "--attention_dropout", "0", "--validate_frequency", "1000"),
 ]
-FLAGS = [*MODEL_FLAGS, *COMMON, "--max_tokens", "40000", "--num_negatives", "10"]
+FLAGS = [*MODEL_FLAGS, *COMMON, "--max_tokens", "40000", "--num_negatives", "10", "--mask_length", "3"]
 
 
 @pytest.fixture(scope="module")
@@ -252,3 +252,29 @@ def test_transcripts_that_do_not_fit_their_audio_are_told(data, saved, tmp_path,
     (folder / "train.ltr").write_text("\n".join(line + " O O" * 60 for line in lines) + "\n")
     with pytest.raises(DataError, match=r"train\.ltr:1.*14 of 14"):
         build(folder, tmp_path / "all", "--w2v_path", str(saved), mode="finetune")
+
+
+def test_flags_of_precision_and_masks_reach_the_run(data, saved, tmp_path):
+    def half(*more: str) -> set[str]:
+        run = build(data, tmp_path / "_".join(more), "--bf16", *more)
+        assert {weight.dtype for weight in run.optimizer.master_weights().values()} == {torch.float32}
+        return {name for name, p in run.task.model.named_parameters() if p.dtype == torch.float32}
+
+    assert {name.split(".")[1] for name in half()} == {"pos_conv"}
+    assert half("--fp32_ops", "none") == set()
+    kept = half("--fp32_ops", "conv_norms", "transformer_layernorm")
+    assert kept
+    assert all("norm" in name for name in kept)
+    run = build(data, tmp_path / "amp", "--bf16", "--amp")
+    assert {p.dtype for p in run.task.model.parameters()} == {torch.float32}
+    assert run.task.amp_dtype == torch.bfloat16
+    run = build(data, tmp_path / "fp32", "--bf16", "--fp32_ops", "mha_softmax")
+    assert all(layer.self_attn.fp32_softmax for layer in run.task.model.encoder.layers)
+    assert not run.task.fp32_cosine
+    run = build(data, tmp_path / "channels", "--mask_channel_prob", "0.5", "--mask_channel_length", "2")
+    assert run.train_loader.next_update()[0].channel_mask_BD.any()
+    run = build(data, tmp_path / "labels", "--w2v_path", str(saved), "--mask_prob", "0", mode="finetune")
+    batch = run.train_loader.next_update()[0]
+    assert batch.mask_BT is None
+    assert batch.labels_BL is not None
+    assert all(batch.mask_BT is None for batch in run.valid_loader)

@@ -93,6 +93,7 @@ RESUMED = {
     "pretrain": ("--ema", "0.9", "--update_freq", "2"),
     "pretrain_workers": ("--num_workers", "2", "--num_concat_batches", "2"),
     "pretrain_fp16": ("--fp16",),
+    "pretrain_overflow": ("--fp16", "--fp16_init_scale", "1e7"),  # the first updates are skipped
     "pretrain_bf16": ("--bf16", "--ema", "0.9"),
     "finetune": ("--freeze_finetune_updates", "2", "--final_dropout", "0.1"),
     "finetune_workers": ("--num_workers", "2", "--bf16"),
