@@ -18,8 +18,7 @@ from torch import Tensor
 from wav2vec2.config import ObjectiveConfig
 from wav2vec2.model import at_least_fp32
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Draws
+# ---- Draws ----------------------------------------------------------------------------------------------------------
 
 
 def gumbel_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -85,8 +84,7 @@ def sample_negatives(
     return Negatives(within, across, codes)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The contrastive task
+# ---- The contrastive task -------------------------------------------------------------------------------------------
 
 
 def target_ids(targets_RC: Tensor) -> Tensor:
@@ -181,8 +179,7 @@ def frame_energy(conv_features_BCT: Tensor) -> Tensor:
     return at_least_fp32(conv_features_BCT).square().mean(1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# CTC
+# ---- CTC ------------------------------------------------------------------------------------------------------------
 
 
 def ctc_losses(

@@ -32,8 +32,7 @@ def num_frames(samples: Any, conv_layers: Sequence[tuple[int, int, int]]) -> Any
     return samples
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Section 2: the feature encoder
+# ---- Section 2: the feature encoder ---------------------------------------------------------------------------------
 
 
 class ScaleGradient(torch.autograd.Function):
@@ -116,8 +115,7 @@ class FeatureExtractor(nn.Module):
         return x
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Section 2: contextualized representations with transformers
+# ---- Section 2: contextualized representations with transformers ----------------------------------------------------
 
 
 class PositionalConv(nn.Module):
@@ -292,8 +290,7 @@ def _init_transformer(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Section 2: the quantization module
+# ---- Section 2: the quantization module -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -354,8 +351,7 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The models
+# ---- The models -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -96,8 +96,7 @@ def load_recognizer(
     return Recognizer(task.to(device).eval(), dictionary, config.model)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is transcribed
+# ---- What is transcribed --------------------------------------------------------------------------------------------
 
 
 class FileList:
@@ -197,8 +196,7 @@ def _check_references(references: Sequence[str], labels: Path, dictionary: Dicti
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What comes out
+# ---- What comes out -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)

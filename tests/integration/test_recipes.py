@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from tiny import corpus
+
+from common import checkpoint
 
 SMALL = {
     "DEVICE": "cpu",
@@ -42,22 +46,26 @@ def data(tmp_path_factory) -> Path:
     return corpus(tmp_path_factory.mktemp("data"), number=12, low=1.0, high=1.5)
 
 
+def start(words: list[str], folder: Path, data: Path, **variables: str) -> subprocess.Popen[str]:
+    """Start a script of scripts/ with the small values."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
+    return subprocess.Popen(
+        ["bash", *(str(ROOT / "scripts" / word) for word in words)],
+        env={**clean, **SMALL, "DATASET_DIR": str(data), **variables},
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def recipe(name: str, folder: Path, data: Path, **variables: str) -> str:
     """Run a script of scripts/ and give its standard output."""
-    clean = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
-    environment = {**clean, **SMALL, "DATASET_DIR": str(data), **variables}
-    done = subprocess.run(
-        ["bash", str(ROOT / "scripts" / name)],
-        env=environment,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return done.stdout
+    process = start([name], folder, data, **variables)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-2000:] + errors[-3000:]
+    return output
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +112,22 @@ def test_training_benchmarks_report_averages(name, data, pretrained, tmp_path):
     lines = (tmp_path / "out/nvlog.json").read_text().splitlines()
     assert sum("benchmark_ntokens/s" in line and '"LOG"' in line for line in lines) == 1
     assert sum("epoch_ntokens/s" in line and '"LOG"' in line for line in lines) == 3
+
+
+@pytest.mark.slow
+def test_two_nodes_give_the_weights_of_two_processes(data, pretrained, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"NUM_NODES": "2", "NUM_GPUS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OUTPUT_DIR": "out"}
+    nodes = [
+        start(["multinode.sh", "pretrain_base.sh"], tmp_path, data, NODE_RANK=str(rank), **shared, **HOURGLASS)
+        for rank in range(2)
+    ]
+    for node in nodes:
+        output, errors = node.communicate(timeout=300)
+        assert node.returncode == 0, output[-2000:] + errors[-3000:]
+    found = checkpoint.load(tmp_path / "out/wav2vec2_update2.pt")["model"]
+    expected = checkpoint.load(pretrained["base"])["model"]
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
