@@ -1,20 +1,10 @@
-"""Self-attention, and the norm that every block shares."""
+"""Self-attention."""
 
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-
-class LayerNorm(nn.LayerNorm):
-    """Layer norm in the precision of its own weights; the result has the type of the input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension."""
-        y = F.layer_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps)
-        return y.to(x.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -39,8 +29,3 @@ class SelfAttention(nn.Module):
             q_BHTd, k_BHTd, v_BHTd, attn_mask=keys_B11T, dropout_p=self.dropout if self.training else 0.0
         )
         return self.out_proj(y_BHTd.to(dtype).transpose(1, 2).reshape(B, T, D))
-
-
-def valid_positions(lengths_B: Tensor, size: int) -> Tensor:
-    """True [B, size] where a row is not padding."""
-    return torch.arange(size, device=lengths_B.device) < lengths_B[:, None]

@@ -29,10 +29,10 @@ from common.logger import RunLogger
 from common.optim import parameter_groups
 from common.precision import LossScaler, MixedPrecisionOptimizer, to_half
 from common.schedules import make_schedule
-from wav2vec2.attention import LayerNorm
 from wav2vec2.config import Config, MaskConfig, ModelConfig
 from wav2vec2.logging import METRICS
-from wav2vec2.model import ChannelNorm, Wav2Vec2Ctc, Wav2Vec2Model, num_frames
+from wav2vec2.model import Wav2Vec2Ctc, Wav2Vec2Model, num_frames
+from wav2vec2.norms import ChannelNorm, LayerNorm
 from wav2vec2.run import Run
 from wav2vec2.task import FinetuneTask, PretrainTask
 

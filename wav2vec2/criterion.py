@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wav2vec2.config import ObjectiveConfig
-from wav2vec2.model import at_least_fp32
+from wav2vec2.norms import at_least_fp32
 
 # ---- Draws ----------------------------------------------------------------------------------------------------------
 

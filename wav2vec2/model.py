@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wav2vec2.attention import LayerNorm, SelfAttention, valid_positions
+from wav2vec2.attention import SelfAttention
 from wav2vec2.config import DropoutConfig, ModelConfig
+from wav2vec2.norms import ChannelNorm, LayerNorm, at_least_fp32, valid_positions
 
 
 def num_frames(samples: Any, conv_layers: Sequence[tuple[int, int, int]]) -> Any:
@@ -48,26 +49,6 @@ class ScaleGradient(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         """Scale the gradient."""
         return gradients[0] * ctx.factor, None
-
-
-class ChannelNorm(nn.GroupNorm):
-    """Group norm with one group per channel, over the valid frames of each utterance only.
-
-    With `lengths_B` a row never sees its padding, so that its result does not depend on what it is batched with.
-    """
-
-    def forward(self, x_BCT: Tensor, lengths_B: Tensor | None = None) -> Tensor:
-        """Normalise every channel over time; `lengths_B` are valid frames per row, None when all are."""
-        if lengths_B is None:
-            x = x_BCT.to(self.weight.dtype)
-            return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps).to(x_BCT.dtype)
-        x = at_least_fp32(x_BCT)  # sums over seconds of audio overflow float16
-        valid_B1T = valid_positions(lengths_B, x.shape[-1])[:, None]
-        count_B11 = lengths_B[:, None, None]
-        mean_BC1 = (x * valid_B1T).sum(-1, keepdim=True) / count_B11
-        variance_BC1 = ((x - mean_BC1).square() * valid_B1T).sum(-1, keepdim=True) / count_B11
-        x = (x - mean_BC1) * torch.rsqrt(variance_BC1 + self.eps) * self.weight[:, None] + self.bias[:, None]
-        return x.to(x_BCT.dtype)
 
 
 class ConvBlock(nn.Module):
@@ -344,11 +325,6 @@ class GumbelQuantizer(nn.Module):
         """One number [R] for the codes of all groups: sum of code_g V^(G-1-g)."""
         powers_G = self.codes ** torch.arange(self.groups - 1, -1, -1, device=codes_RG.device)
         return (codes_RG * powers_G).sum(-1)
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """x in float32, or as it is in float64."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 # ---- The models -----------------------------------------------------------------------------------------------------

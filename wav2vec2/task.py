@@ -17,10 +17,10 @@ from common.data.collate import Batch, SubBatch, present
 from common.precision import autocast
 from common.schedules import gumbel_temperature
 from wav2vec2 import criterion
-from wav2vec2.attention import valid_positions
 from wav2vec2.config import ObjectiveConfig
 from wav2vec2.criterion import Negatives
-from wav2vec2.model import Quantized, Wav2Vec2Ctc, Wav2Vec2Model, at_least_fp32
+from wav2vec2.model import Quantized, Wav2Vec2Ctc, Wav2Vec2Model
+from wav2vec2.norms import at_least_fp32, valid_positions
 
 Stats = dict[str, Tensor | float]
 

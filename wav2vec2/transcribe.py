@@ -29,7 +29,8 @@ from common.precision import to_half
 from wav2vec2 import decoding
 from wav2vec2.build import HALF, build_model, fp32_modules, load_weights, saved_config
 from wav2vec2.config import ModelConfig, PrecisionConfig
-from wav2vec2.model import Wav2Vec2Ctc, at_least_fp32
+from wav2vec2.model import Wav2Vec2Ctc
+from wav2vec2.norms import at_least_fp32
 from wav2vec2.task import FinetuneTask
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ ASSEMBLY = (
 LAYERS = [  # from the bottom; an import points down or sideways
     {f"common.{name}" for name in LEAVES},
     {f"common.{name}" for name in SERVICES},
-    {"wav2vec2.config", "wav2vec2.attention"},
+    {"wav2vec2.config", "wav2vec2.attention", "wav2vec2.norms"},
     {"wav2vec2.model"},
     {"wav2vec2.criterion"},
     {"wav2vec2.task"},

@@ -15,9 +15,9 @@ from torch import Tensor
 from common.data.collate import Batch, SubBatch
 from common.precision import MixedPrecisionOptimizer
 from common.schedules import make_schedule
-from wav2vec2.attention import valid_positions
 from wav2vec2.config import ObjectiveConfig
 from wav2vec2.criterion import Negatives, ctc_losses
+from wav2vec2.norms import valid_positions
 from wav2vec2.task import PretrainTask
 
 MODELS = [

@@ -13,7 +13,6 @@ from tiny_model import HOURGLASS, LARGE, MODEL, NO_DROPOUT
 from common.errors import ConfigError
 from wav2vec2.config import ModelConfig
 from wav2vec2.model import (
-    ChannelNorm,
     Downsample,
     GumbelQuantizer,
     PositionalConv,
@@ -23,6 +22,7 @@ from wav2vec2.model import (
     Wav2Vec2Model,
     num_frames,
 )
+from wav2vec2.norms import ChannelNorm
 
 PUBLISHED = ModelConfig().conv_layers()
 VARIANTS = {
@@ -83,6 +83,28 @@ def test_masked_channel_norm_has_the_gradient_of_the_row_alone():
     y = x.detach()[1:, :, :5].requires_grad_()
     norm(y).square().mean().backward()
     torch.testing.assert_close(x.grad[1:, :, :5], y.grad)
+
+
+def test_masked_channel_norm_has_the_gradient_of_its_formula():
+    norm = ChannelNorm(3, 3).double()
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    lengths = torch.tensor([6, 4])
+
+    def function(x, weight, bias):
+        return torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (x, lengths))
+
+    assert torch.autograd.gradcheck(function, (x, norm.weight, norm.bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_masked_channel_norm_in_half_precision_does_not_overflow(dtype):
+    norm = ChannelNorm(2, 2).to(dtype)
+    x = (torch.randn(2, 2, 50000) * 30 + 20).to(dtype)
+    expected = F.group_norm(x.float(), 2)
+    found = norm(x, torch.tensor([50000, 50000]))
+    assert found.dtype == dtype
+    assert (found.float() - expected).abs().max() < 0.05
 
 
 def test_positional_conv_equals_torchs_weight_norm():
