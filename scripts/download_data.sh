@@ -19,5 +19,6 @@ if [ -z "$SUBSETS" ]; then
     SUBSETS="$SUBSETS librispeech_finetuning"
 fi
 
+python=$(find_python)
 # shellcheck disable=SC2086 # SUBSETS is a list
-finish "$(find_python)" "$ROOT/utils/download_librispeech.py" "$DATASET_DIR" --subsets $SUBSETS "$@"
+finish "$python" "$ROOT/utils/download_librispeech.py" "$DATASET_DIR" --subsets $SUBSETS "$@"

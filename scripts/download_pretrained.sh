@@ -15,4 +15,5 @@ case "${1:-}" in
         ;;
 esac
 
-finish "$(find_python)" "$ROOT/utils/download_pretrained.py" "$TARGET_DIR" "$@"
+python=$(find_python)
+finish "$python" "$ROOT/utils/download_pretrained.py" "$TARGET_DIR" "$@"

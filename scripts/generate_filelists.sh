@@ -4,19 +4,34 @@
 #
 # Every subset folder gets a .tsv list, and .ltr and .wrd labels where it has transcripts. The three LibriSpeech training
 # sets are joined to train-full-960; Libri-light's fine-tuning sets give train-1h and train-10h. dict.ltr.txt is counted
-# on train-full-960, else on all subsets whose name begins with "train". The source is DATASET_DIR where it is not given,
-# the target FILELISTS_DIR (default: the source). EXTENSIONS names the endings of the audio files, separated by spaces.
-# SKIP_BAD=1 leaves out audio that cannot be read. DRY_RUN=1 prints the commands.
+# on train-full-960, else on all subsets whose name begins with "train".
+#
+# The source is DATASET_DIR where it is not given, the target FILELISTS_DIR. Without any argument and without
+# FILELISTS_DIR the lists go beside the audio, into DATASET_DIR, where recipes look; a source that is given as an
+# argument is not written into unless it is named as the target too. EXTENSIONS names the endings of the audio files,
+# separated by spaces. SKIP_BAD=1 leaves out audio that cannot be read or that training would refuse. DRY_RUN=1 prints
+# the commands.
 . "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
 
-if [ -n "${1:-}" ]; then DATASET_DIR=$1; fi
+if [ "${1:-}" = --help ]; then
+    print_help "${BASH_SOURCE[0]}"
+    exit 0
+fi
+case "$#:${1:-}:${2:-}" in
+    [3-9]:* | [1-9][0-9]*:* | *:-*)
+        usage_error "$*: generate_filelists.sh takes [SOURCE_DATA_DIR] [TARGET_FILELISTS_DIR] and no options but --help"
+        ;;
+esac
 if [ -n "${2:-}" ]; then FILELISTS_DIR=$2; fi
+if [ -n "${1:-}" ]; then
+    DATASET_DIR=$1
+    if [ -z "${FILELISTS_DIR:-}" ]; then
+        usage_error "$1: nothing is written below a source unless asked; name the folder for the lists as the second\
+ argument or in FILELISTS_DIR (the source itself will do)"
+    fi
+fi
 : "${DATASET_DIR:=/datasets/LibriSpeech}"
 : "${FILELISTS_DIR:=$DATASET_DIR}" "${EXTENSIONS:=wav flac}" "${SKIP_BAD:=false}"
-case "$#${1:-}" in
-    [012] | [12][!-]*) ;;
-    *) usage_error "$*: generate_filelists.sh takes [SOURCE_DATA_DIR] [TARGET_FILELISTS_DIR] and no options" ;;
-esac
 
 full_960="train-clean-100 train-clean-360 train-other-500"
 finetuning=librispeech_finetuning
@@ -54,6 +69,10 @@ elif is_true DRY_RUN; then
 fi
 if [ "${#folders[@]}" = 0 ]; then
     usage_error "DATASET_DIR=$DATASET_DIR: no folder with audio in it; run scripts/download_data.sh, or see EXTENSIONS"
+fi
+if ! is_true DRY_RUN; then
+    make_folder FILELISTS_DIR
+    note "Writing lists into $FILELISTS_DIR"
 fi
 
 labelled=' '

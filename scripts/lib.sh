@@ -17,6 +17,9 @@ usage_error() {
     exit 2
 }
 
+# print_help SCRIPT: the comment at the head of a script
+print_help() { awk 'NR == 1 || /SPDX-/ { next } !/^#/ { exit } { sub(/^# ?/, ""); print }' "$1"; }
+
 # is_true NAME: whether the variable NAME is switched on; unset and empty are off
 is_true() {
     case "${!1:-}" in
@@ -47,26 +50,48 @@ require_count() {
     done
 }
 
+# require_percent NAME...: every variable NAME holds a whole number from 0 to 100, or nothing
+require_percent() {
+    local name
+    for name in "$@"; do
+        case "${!name:-0}" in
+            0 | [1-9] | [1-9][0-9] | 100) ;;
+            *) usage_error "$name=${!name}: must be a whole number from 0 to 100" ;;
+        esac
+    done
+}
+
+# make_folder NAME: make the folder that the variable NAME holds where it is not there; it must be writable
+make_folder() {
+    if ! mkdir -p -- "${!1}" 2>/dev/null || [ ! -w "${!1}" ]; then
+        usage_error "$1=${!1}: this folder cannot be made or written; set $1 to another one, or check the permissions"
+    fi
+}
+
 # ------------------------------------------------------------------------------------------------- Python
 
 # environment_folder: where this toolkit makes its own environment
 environment_folder() { printf '%s\n' "${VENV_DIR:-$ROOT/.venv}"; }
 
-# find_python: the interpreter that recipes run with: PYTHON, else the active environment, else .venv, else python3
+# find_python: the interpreter that recipes run with: PYTHON, else the active environment, else .venv, else python3;
+# it need not be there when nothing is run
 find_python() {
+    local python=python3
     if [ -n "${PYTHON:-}" ]; then
-        printf '%s\n' "$PYTHON"
+        python=$PYTHON
     elif [ -n "${VIRTUAL_ENV:-}" ] && [ -x "$VIRTUAL_ENV/bin/python" ]; then
-        printf '%s\n' "$VIRTUAL_ENV/bin/python"
+        python=$VIRTUAL_ENV/bin/python
     elif [ -n "${CONDA_PREFIX:-}" ] && [ -x "$CONDA_PREFIX/bin/python" ]; then
-        printf '%s\n' "$CONDA_PREFIX/bin/python"
+        python=$CONDA_PREFIX/bin/python
     elif [ -x "$(environment_folder)/bin/python" ]; then
-        printf '%s\n' "$(environment_folder)/bin/python"
+        python=$(environment_folder)/bin/python
     elif ! command -v python3 >/dev/null 2>&1 && command -v python >/dev/null 2>&1; then
-        printf '%s\n' python
-    else
-        printf '%s\n' python3
+        python=python
     fi
+    if ! is_true DRY_RUN && ! command -v "$python" >/dev/null 2>&1; then
+        usage_error "PYTHON=$python: no such program; run scripts/setup_env.sh, or set PYTHON to Python 3.10 or newer"
+    fi
+    printf '%s\n' "$python"
 }
 
 # set_up_environment [--dev]: install what is missing and let PYTHON be the interpreter that has it
@@ -170,6 +195,24 @@ refuse_layout() {
 # --------------------------------------------------------------------------------------------- the command
 
 OPTIONS=()
+
+# note_near_names NAME...: name the environment variables that differ by underscores or a final S only from one that
+# is read: the NAMEs and those in the `add` lines of train.sh
+note_near_names() {
+    awk -v names="$*" '
+        function bare(name) { gsub(/_/, "", name); sub(/S$/, "", name); return name }
+        function know(name) { sub(/;$/, "", name); exact[name]; near[bare(name)] = name }
+        { for (i = 1; i + 2 <= NF; i++) if ($i ~ /^add(_list|_switch|_switch_off)?$/) know($(i + 2)) }
+        END {
+            count = split(names, list, " ")
+            for (i = 1; i <= count; i++) know(list[i])
+            for (name in ENVIRON) {
+                if (!(name in exact) && bare(name) in near) {
+                    printf "%s is set, but nothing reads it; did you mean %s?\n", name, near[bare(name)]
+                }
+            }
+        }' "$ROOT/scripts/train.sh" >&2
+}
 
 # add FLAG VARIABLE: --flag value, when the variable is set and not empty
 add() {

@@ -63,8 +63,15 @@ make_environment() {
         fi
         options+=(--without-pip)
     fi
+    if [ -e "$folder" ] && [ ! -f "$folder/pyvenv.cfg" ] && [ -n "$(ls -A "$folder" 2>/dev/null)" ]; then
+        usage_error "VENV_DIR=$folder: there is something else, which would be lost; set VENV_DIR to another folder"
+    fi
+    VENV_DIR=$folder
+    make_folder VENV_DIR
     note "Making $folder with $base${found:+, which has torch ${found%% *}}"
-    "$base" -m venv --clear ${options[@]+"${options[@]}"} "$folder" >&2
+    if ! "$base" -m venv --clear ${options[@]+"${options[@]}"} "$folder" >&2; then
+        usage_error "VENV_DIR=$folder: no environment could be made there; set VENV_DIR to another folder"
+    fi
     if [ -n "$found" ] && [ -z "$(torch_of "$folder/bin/python")" ]; then
         # BASE is an environment itself: its own packages are not those of the system
         packages=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')

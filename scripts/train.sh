@@ -16,12 +16,18 @@ esac
 : "${TRAIN_SUBSET:=train-full-960}" "${VALID_SUBSET:=dev-other}"
 : "${SEED:=1}" "${FP16:=false}" "${BF16:=false}" "${RESUME:=true}"
 
+note_near_names DATASET_DIR NUM_GPUS NUM_NODES NODE_RANK WORLD_BATCHES UPDATE_FREQUENCY NUM_EPOCHS NUM_WARMUP_EPOCHS \
+    WARMUP_PERCENT HOLD_PERCENT
 python=$(find_python)
 set_processes "$python" all
 solve_update_freq
 
 # Warm-up and hold follow MAX_UPDATE in the recipe's proportions, unless they are given in updates.
-if [ -n "${MAX_UPDATE:-}" ]; then require_count MAX_UPDATE; fi
+require_percent WARMUP_PERCENT HOLD_PERCENT
+if [ -n "${MAX_UPDATE:-}${WARMUP_PERCENT:-}${HOLD_PERCENT:-}" ]; then require_count MAX_UPDATE; fi
+if [ -z "${WARMUP_UPDATES:-}${HOLD_UPDATES:-}" ] && [ $((${WARMUP_PERCENT:-0} + ${HOLD_PERCENT:-0})) -gt 100 ]; then
+    usage_error "WARMUP_PERCENT=$WARMUP_PERCENT: with HOLD_PERCENT=$HOLD_PERCENT it is more than 100; lower one of them"
+fi
 if [ -n "${WARMUP_PERCENT:-}" ]; then : "${WARMUP_UPDATES:=$((MAX_UPDATE * WARMUP_PERCENT / 100))}"; fi
 if [ -n "${HOLD_PERCENT:-}" ]; then : "${HOLD_UPDATES:=$((MAX_UPDATE * HOLD_PERCENT / 100))}"; fi
 
@@ -36,16 +42,21 @@ add device DEVICE
 add seed SEED
 add_switch resume RESUME
 add_switch_off save SAVE
-add save_frequency SAVE_FREQUENCY
-add save_interval_updates SAVE_INTERVAL_UPDATES
-add_list keep_milestones KEEP_MILESTONES
+# train.py refuses what has no effect
+if [ -z "${SAVE:-}" ] || is_true SAVE; then
+    add save_frequency SAVE_FREQUENCY
+    add save_interval_updates SAVE_INTERVAL_UPDATES
+    add_list keep_milestones KEEP_MILESTONES
+fi
 add validate_frequency VALIDATE_FREQUENCY
 add validate_interval_updates VALIDATE_INTERVAL_UPDATES
 add log_frequency LOG_FREQUENCY
 if [ -n "${NUM_EPOCHS:-}" ]; then
     # NUM_EPOCHS are those that are measured, --num_epochs are all
     require_count NUM_EPOCHS
-    case "${NUM_WARMUP_EPOCHS:=0}" in *[!0-9]*) usage_error "NUM_WARMUP_EPOCHS=$NUM_WARMUP_EPOCHS: must be an integer" ;; esac
+    case "${NUM_WARMUP_EPOCHS:=0}" in
+        0?* | *[!0-9]*) usage_error "NUM_WARMUP_EPOCHS=$NUM_WARMUP_EPOCHS: must be an integer of 0 or more" ;;
+    esac
     OPTIONS+=(--num_epochs "$((NUM_EPOCHS + NUM_WARMUP_EPOCHS))" --num_warmup_epochs "$NUM_WARMUP_EPOCHS")
 fi
 
@@ -93,7 +104,12 @@ add feature_grad_mult FEATURE_GRAD_MULT
 add mask_prob MASK_PROB
 add mask_length MASK_LENGTH
 add mask_channel_prob MASK_CHANNEL_PROB
-add mask_channel_length MASK_CHANNEL_LENGTH
+# a recipe without masks over channels has no use for its length; an unset probability is for train.py to judge
+case "${MASK_CHANNEL_PROB:-unset}" in
+    *[!0.]*)
+        add mask_channel_length MASK_CHANNEL_LENGTH
+        ;;
+esac
 
 if [ "$mode" = pretrain ]; then
     add extractor_mode EXTRACTOR_MODE
