@@ -71,7 +71,7 @@ if [ "${#folders[@]}" = 0 ]; then
     usage_error "DATASET_DIR=$DATASET_DIR: no folder with audio in it; run scripts/download_data.sh, or see EXTENSIONS"
 fi
 if ! is_true DRY_RUN; then
-    make_folder FILELISTS_DIR
+    make_folder FILELISTS_DIR "$FILELISTS_DIR"
     note "Writing lists into $FILELISTS_DIR"
 fi
 

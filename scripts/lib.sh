@@ -61,10 +61,10 @@ require_percent() {
     done
 }
 
-# make_folder NAME: make the folder that the variable NAME holds where it is not there; it must be writable
+# make_folder NAME FOLDER: make FOLDER, the value of the variable NAME, where it is not there; it must be writable
 make_folder() {
-    if ! mkdir -p -- "${!1}" 2>/dev/null || [ ! -w "${!1}" ]; then
-        usage_error "$1=${!1}: this folder cannot be made or written; set $1 to another one, or check the permissions"
+    if ! mkdir -p -- "$2" 2>/dev/null || [ ! -w "$2" ]; then
+        usage_error "$1=$2: this folder cannot be made or written; set $1 to another one, or check the permissions"
     fi
 }
 

@@ -30,7 +30,7 @@ require_count PRETRAIN_UPDATES FINETUNE_UPDATES EXAMPLES
 scripts=$ROOT/scripts
 case "$QUICKSTART_WORK" in /*) work=$QUICKSTART_WORK ;; *) work=$PWD/$QUICKSTART_WORK ;; esac
 if ! is_true DRY_RUN; then
-    make_folder QUICKSTART_WORK
+    make_folder QUICKSTART_WORK "$QUICKSTART_WORK"
     work=$(CDPATH='' cd -- "$work" && pwd)
 fi
 corpus=$work/corpus

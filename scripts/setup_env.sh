@@ -66,8 +66,7 @@ make_environment() {
     if [ -e "$folder" ] && [ ! -f "$folder/pyvenv.cfg" ] && [ -n "$(ls -A "$folder" 2>/dev/null)" ]; then
         usage_error "VENV_DIR=$folder: there is something else, which would be lost; set VENV_DIR to another folder"
     fi
-    VENV_DIR=$folder
-    make_folder VENV_DIR
+    make_folder VENV_DIR "$folder"
     note "Making $folder with $base${found:+, which has torch ${found%% *}}"
     if ! "$base" -m venv --clear ${options[@]+"${options[@]}"} "$folder" >&2; then
         usage_error "VENV_DIR=$folder: no environment could be made there; set VENV_DIR to another folder"

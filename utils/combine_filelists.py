@@ -51,6 +51,8 @@ def main(argv: list[str] | None = None) -> None:
     for path in [*args.filelists, args.output]:
         if path.suffix != ".tsv":
             raise ConfigError(f"{path}: the name of a file list ends in .tsv")
+    if any(program.same_file(args.output, path) for path in args.filelists):
+        raise ConfigError(f"--output {args.output}: is among the lists to join; choose another name")
     lists = [filelists.read_filelist(path) for path in args.filelists]
     labels = {suffix: read_labels(args.filelists, lists, suffix) for suffix in (".ltr", ".wrd")}
     joined = combine(lists)

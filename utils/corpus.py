@@ -87,11 +87,12 @@ def make(out: Path, settings: dict[str, Any], write: Callable[[Path], list[Speak
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: exists and was made otherwise; choose another folder, or delete it")
     partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_tables(partial, write(partial))
-    program.write_lines(partial / "corpus.json", [json.dumps(settings)])
-    if out.exists():
-        out.rmdir()
-    partial.replace(out)
+    with program.writing(out, partial):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_tables(partial, write(partial))
+        program.write_lines(partial / "corpus.json", [json.dumps(settings)])
+        if out.exists():
+            out.rmdir()
+        partial.replace(out)
     print(f"{out}: done")

@@ -54,17 +54,18 @@ def read_checksums(base_url: str) -> dict[str, str]:
 def unpack_subset(archive: Path, name: str, folder: Path) -> None:
     """Unpack one archive so that FOLDER/NAME appears only when it is whole."""
     partial = folder / f".{name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    downloader.unpack(archive, partial)
-    inner = partial / "LibriSpeech" / name  # openslr's archives; Libri-light's begin with the name
-    inner = inner if inner.is_dir() else partial / name
-    if not inner.is_dir():
+    with program.writing(folder / name, partial):
+        shutil.rmtree(partial, ignore_errors=True)
+        downloader.unpack(archive, partial)
+        inner = partial / "LibriSpeech" / name  # openslr's archives; Libri-light's begin with the name
+        inner = inner if inner.is_dir() else partial / name
+        if not inner.is_dir():
+            shutil.rmtree(partial)
+            raise DataError(f"{archive}: holds no folder {name}; it is another archive: delete it and run again")
+        for text in inner.parent.glob("*.TXT"):  # SPEAKERS.TXT and others, the same in every archive
+            text.replace(folder / text.name)
+        inner.replace(folder / name)
         shutil.rmtree(partial)
-        raise DataError(f"{archive}: holds no folder {name}; it is another archive: delete it and run again")
-    for text in inner.parent.glob("*.TXT"):  # SPEAKERS.TXT and others, the same in every archive
-        text.replace(folder / text.name)
-    inner.replace(folder / name)
-    shutil.rmtree(partial)
 
 
 def main(argv: list[str] | None = None) -> None:

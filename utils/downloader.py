@@ -46,8 +46,18 @@ def download(url: str, target: Path, *, md5: str | None = None, attempts: int = 
     What has arrived is kept in `target`.part and continued by HTTP Range, in this run or the next. `attempts`
     counts tries in a row that bring nothing; the pause before each doubles from `wait` seconds.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
+    with program.writing(target, part):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _fetch(url, part, attempts, wait)
+        if md5 is not None and (found := md5_of(part)) != md5.lower():
+            part.unlink()
+            raise DataError(f"{url}: md5 is {found}, not {md5}; the download was deleted: run again, or try a mirror")
+        part.replace(target)
+
+
+def _fetch(url: str, part: Path, attempts: int, wait: float) -> None:
+    """Go on with `part` until it is whole; DataError after `attempts` tries in a row that bring nothing."""
     failures, reason = 0, ""
     while True:
         before = _size(part)
@@ -69,10 +79,6 @@ def download(url: str, target: Path, *, md5: str | None = None, attempts: int = 
         if failures >= attempts:
             raise DataError(f"{url}: {reason}; check the network and run again: it goes on where it stopped")
         time.sleep(min(wait * 2**failures, MAX_WAIT))
-    if md5 is not None and (found := md5_of(part)) != md5.lower():
-        part.unlink()
-        raise DataError(f"{url}: md5 is {found}, not {md5}; the download was deleted: run again, or try a mirror")
-    part.replace(target)
 
 
 def _size(path: Path) -> int:

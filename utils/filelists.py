@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import soundfile
 
+from common.data.audio import CONTAINERS, CONVERT
 from common.errors import DataError
 from utils import program
 
@@ -34,6 +36,8 @@ class Header:
 
     num_samples: int = 0
     sample_rate: int = 0
+    channels: int = 1
+    container: str = ""
     fault: str = ""
 
 
@@ -41,6 +45,8 @@ def read_filelist(tsv: Path) -> FileList:
     """Read a list: the root folder, then lines `path<TAB>samples`; DataError names a line that is not so."""
     try:
         lines = tsv.read_text(encoding="utf-8-sig").split("\n")
+    except FileNotFoundError as error:
+        raise DataError(f"{tsv}: no such file; make it with utils/generate_filelist.py") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{tsv}: not UTF-8 text; make the list with utils/generate_filelist.py") from error
     lines = [line.removesuffix("\r") for line in lines]
@@ -97,13 +103,13 @@ def find_audio(root: Path, extensions: Sequence[str]) -> list[str]:
 
 
 def read_header(path: Path) -> Header:
-    """Length and sample rate from the header alone; a file that cannot be listed has a `fault`."""
+    """What the header alone says; a file that cannot be listed has a `fault`."""
     if any(character in str(path) for character in "\t\n\r"):
         return Header(fault="a tab or a line end in its name; rename it")
     try:
         str(path).encode()
         with soundfile.SoundFile(path) as file:
-            header = Header(file.frames, file.samplerate)
+            header = Header(file.frames, file.samplerate, file.channels, file.format)
     except UnicodeEncodeError:
         return Header(fault="its name is not UTF-8; rename it")
     except (soundfile.LibsndfileError, OSError) as error:
@@ -140,6 +146,40 @@ def drop_bad(root: Path, paths: Sequence[str], headers: Sequence[Header], *, ski
             raise DataError(f"{text}; mend or remove them, or leave them out with --skip_bad{shown}{more}")
         print(f"{text} and are left out{shown}{more}")
     return [position for position, header in enumerate(headers) if not header.fault]
+
+
+def drop_unfit(
+    root: Path,
+    paths: Sequence[str],
+    headers: Sequence[Header],
+    positions: Sequence[int],
+    *,
+    sample_rate: int,
+    skip_bad: bool,
+) -> list[int]:
+    """Warn of files that training refuses, by kind; `positions` without them with `skip_bad`, else as they are."""
+    kinds = {
+        "not WAV or FLAC": [(i, headers[i].container) for i in positions if headers[i].container not in CONTAINERS],
+        f"not at {sample_rate} Hz": [
+            (i, f"{headers[i].sample_rate} Hz") for i in positions if headers[i].sample_rate != sample_rate
+        ],
+        "not mono": [(i, f"{headers[i].channels} channels") for i in positions if headers[i].channels != 1],
+    }
+    unfit: set[int] = set()
+    for kind, found in kinds.items():
+        if found:
+            unfit.update(position for position, _ in found)
+            first, what = found[0]
+            print(
+                f"warning: {len(found)} of {len(paths)} files are {kind}, such as {paths[first]!r} ({what}); "
+                + ("left out" if skip_bad else f"training refuses them: {CONVERT.format(rate=sample_rate)}"),
+                file=sys.stderr,
+            )
+    if not skip_bad:
+        return list(positions)
+    if unfit:
+        print(f"{root}: {len(unfit)} of {len(paths)} files would be refused in training and are left out")
+    return [position for position in positions if position not in unfit]
 
 
 def scan(root: Path, extensions: Sequence[str], *, skip_bad: bool = False) -> FileList:

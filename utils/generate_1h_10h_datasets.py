@@ -54,8 +54,10 @@ def main(argv: list[str] | None = None) -> None:
         )
         write_subset(name, args.output_dir, files)
     for path in hundred:
-        shutil.copyfile(path, args.output_dir / f"train-100h{path.suffix}")
-        print(f"{args.output_dir / f'train-100h{path.suffix}'}: the same as {path}")
+        copy = args.output_dir / f"train-100h{path.suffix}"
+        with program.writing(copy):
+            shutil.copyfile(path, copy)
+        print(f"{copy}: the same as {path}")
 
 
 if __name__ == "__main__":

@@ -40,13 +40,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--valid_percent", type=float, default=0.0, metavar="F", help="fraction for --valid_out, 0..1")
     parser.add_argument("--valid_out", type=Path, metavar="V.tsv", help="list of the files drawn for validation")
     parser.add_argument("--seed", type=int, default=42, help="seed of that draw")
-    parser.add_argument("--skip_bad", action="store_true", help="leave out files that cannot be read, and say which")
+    parser.add_argument(
+        "--skip_bad",
+        action="store_true",
+        help="leave out files that cannot be read or that training would refuse, and say which",
+    )
+    parser.add_argument("--sample_rate", type=int, default=16000, help="that of the model: others are warned of")
     parser.add_argument("--workers", type=int, default=8, help="files read at a time")
     args = parser.parse(argv)
     if not 0 <= args.valid_percent < 1:
         raise ConfigError(f"--valid_percent {args.valid_percent:g}: not in [0, 1); it is a fraction: 5 % is 0.05")
     if (args.valid_percent > 0) != (args.valid_out is not None):
         raise ConfigError("--valid_percent and --valid_out: one needs the other; give both or neither")
+    if args.valid_out is not None and program.same_file(args.out, args.valid_out):
+        raise ConfigError(f"--valid_out {args.valid_out}: is OUT too; give the two lists different names")
+    if args.sample_rate < 1:
+        raise ConfigError(f"--sample_rate {args.sample_rate}: not above 0; give it in Hz, such as 16000")
     if args.workers < 1:
         raise ConfigError(f"--workers {args.workers}: at least one is needed")
     return args
@@ -82,13 +91,14 @@ def main(argv: list[str] | None = None) -> None:
     # Drawn before bad files are left out, so that a file that is mended later moves no other file.
     valid = draw_valid(len(paths), args.valid_percent, args.seed) if args.valid_out else [False] * len(paths)
     good = filelists.drop_bad(root, paths, headers, skip_bad=args.skip_bad)
+    good = filelists.drop_unfit(root, paths, headers, good, sample_rate=args.sample_rate, skip_bad=args.skip_bad)
     parts = {out: [i for i in good if valid[i] == (out != args.out)] for out in [args.out, args.valid_out] if out}
     for out, part in parts.items():
         if not part:
             raise DataError(
                 f"{out}: none of {len(good)} files falls to this list; change --valid_percent or --seed"
                 if args.valid_out
-                else f"{out}: no file is left; see --skip_bad"
+                else f"{out}: no file is left; see --skip_bad and --sample_rate"
             )
     for out, part in parts.items():
         write_list(out, root, [paths[i] for i in part], [headers[i] for i in part])

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -64,9 +66,14 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
         except BrokenPipeError:
             raise
         except OSError as error:
-            raise DataError(f"{error.filename or 'input or output'}: {error.strerror or error}") from error
+            place = error.filename or "input or output"
+            raise DataError(f"{place}: {error.strerror or error}; {_remedy(error)}") from error
 
     entry.run_program(guarded, sys.argv[1:])
+
+
+def _remedy(error: OSError) -> str:
+    return "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the path and its permissions"
 
 
 def bar(items: Iterable[Any] | None = None, **options: Any) -> tqdm:  # noqa: ANN401 - handed on to tqdm as it is
@@ -81,13 +88,39 @@ def cpu_count() -> int:
     return os.cpu_count() or 1
 
 
+def same_file(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file, which need not be there yet."""
+    return one.resolve() == other.resolve() or (one.exists() and other.exists() and one.samefile(other))
+
+
+@contextmanager
+def writing(path: Path, partial: Path | None = None) -> Iterator[None]:
+    """Let errors of the system while `path` is written name it: ConfigError, or DataError when the disk is full.
+
+    `partial` is the temporary file or folder that becomes `path`. Errors about other files pass as they are.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(f"{path}: cannot be written ({error.strerror}); {_remedy(error)}") from error
+        if not isinstance(error.filename, str):
+            raise
+        place = Path(error.filename)
+        if not any(place == own or place in own.parents or own in place.parents for own in (path, partial or path)):
+            raise
+        where = f": {place}" if place in path.parents else ""
+        raise ConfigError(f"{path}: cannot be written ({error.strerror}{where}); {_remedy(error)}") from error
+
+
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Write a UTF-8 text file, whole or not at all; makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(line + "\n" for line in lines)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(path, partial):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("w", encoding="utf-8", newline="\n") as file:
+                file.writelines(line + "\n" for line in lines)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)

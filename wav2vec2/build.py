@@ -29,7 +29,7 @@ from common.logger import RunLogger
 from common.optim import parameter_groups
 from common.precision import LossScaler, MixedPrecisionOptimizer, to_half
 from common.schedules import make_schedule
-from wav2vec2.config import Config, MaskConfig, ModelConfig
+from wav2vec2.config import Config, ModelConfig
 from wav2vec2.logging import METRICS
 from wav2vec2.model import Wav2Vec2Ctc, Wav2Vec2Model, num_frames
 from wav2vec2.norms import ChannelNorm, LayerNorm
@@ -266,19 +266,8 @@ def _build_optimizer(config: Config, model: nn.Module) -> MixedPrecisionOptimize
     )
 
 
-def _span_masking(mask: MaskConfig, kind: str) -> SpanMasking | None:
-    """How spans of frames ("mask") or of channels ("mask_channel") are drawn; None where none are."""
-    prob = getattr(mask, f"{kind}_prob")
-    if prob == 0:
-        return None
-    return SpanMasking(
-        prob=prob,
-        length=getattr(mask, f"{kind}_length"),
-        selection=getattr(mask, f"{kind}_selection"),
-        other=getattr(mask, f"{kind}_other"),
-        no_overlap=getattr(mask, f"no_{kind}_overlap"),
-        min_space=getattr(mask, f"{kind}_min_space"),
-    )
+def _span_masking(settings: dict[str, Any]) -> SpanMasking | None:
+    return SpanMasking(**settings) if settings["prob"] else None
 
 
 def _build_loaders(
@@ -311,8 +300,8 @@ def _build_loaders(
         required_batch_size_multiple=data.required_batch_size_multiple,
         max_sample_size=data.max_sample_size or None,
         min_sample_size=data.min_sample_size,
-        time_mask=_span_masking(config.mask, "mask"),
-        channel_mask=_span_masking(config.mask, "mask_channel"),
+        time_mask=_span_masking(config.mask.of_time()),
+        channel_mask=_span_masking(config.mask.of_channels()),
         channels=config.model.encoder_embed_dim,
         concat=data.num_concat_batches,
         update_freq=data.update_freq,
@@ -321,7 +310,7 @@ def _build_loaders(
     valid = valid_loader(
         manifest(data.valid_subset),
         max_tokens=data.max_tokens_valid or data.max_tokens,
-        time_mask=_span_masking(config.mask, "mask") if pretraining else None,
+        time_mask=_span_masking(config.mask.of_time()) if pretraining else None,
         **shared,
     )
     return train, valid

@@ -196,6 +196,28 @@ class MaskConfig:
     no_mask_channel_overlap: bool = flag(False, "channel spans may not overlap")
     mask_channel_min_space: int = flag(1, "channels between spans that may not overlap", minimum=0)
 
+    def of_time(self) -> dict[str, Any]:
+        """How spans of frames are drawn, for SpanMasking."""
+        return {
+            "prob": self.mask_prob,
+            "length": self.mask_length,
+            "selection": self.mask_selection,
+            "other": self.mask_other,
+            "no_overlap": self.no_mask_overlap,
+            "min_space": self.mask_min_space,
+        }
+
+    def of_channels(self) -> dict[str, Any]:
+        """How spans of channels are drawn, for SpanMasking."""
+        return {
+            "prob": self.mask_channel_prob,
+            "length": self.mask_channel_length,
+            "selection": self.mask_channel_selection,
+            "other": self.mask_channel_other,
+            "no_overlap": self.no_mask_channel_overlap,
+            "min_space": self.mask_channel_min_space,
+        }
+
 
 @dataclass(frozen=True)
 class ObjectiveConfig:

@@ -49,11 +49,11 @@ def _check_optimizer(config: Config) -> None:
 
 
 def _check_masks(config: Config) -> None:
-    for kind in ("mask", "mask_channel"):
-        selection, other, length = (getattr(config.mask, f"{kind}_{name}") for name in ("selection", "other", "length"))
-        if selection == "uniform" and other > 2 * length:
+    for kind, spans in (("mask", config.mask.of_time()), ("mask_channel", config.mask.of_channels())):
+        if spans["selection"] == "uniform" and spans["other"] > 2 * spans["length"]:
             raise ConfigError(
-                f"--{kind}_other {other}: the shortest span, at most twice --{kind}_length {length}; lower it"
+                f"--{kind}_other {spans['other']}: the shortest span, at most twice --{kind}_length {spans['length']}; "
+                "lower it"
             )
 
 

@@ -22,7 +22,7 @@ if ! is_true DRY_RUN; then
     if [ ! -d "$DATASET_DIR" ]; then
         usage_error "DATASET_DIR=$DATASET_DIR: no such folder; set DATASET_DIR to the folder that holds LibriSpeech/"
     fi
-    make_folder RESULTS_DIR
+    make_folder RESULTS_DIR "$RESULTS_DIR"
 fi
 
 arguments=()

@@ -341,6 +341,18 @@ def test_no_python_at_all_is_one_line_with_the_remedy(machine):
     assert "/no/such/python" in result.stderr
 
 
+@needs_venv
+def test_an_environment_that_cannot_be_made_is_one_line_that_names_the_variable(machine):
+    (machine.folder / "file").touch()
+    (machine.folder / "mine").mkdir()
+    (machine.folder / "mine" / "thesis.txt").touch()
+    for place in ("file", "file/deep", "mine"):
+        result = machine.setup(VENV_DIR=str(machine.folder / place))
+        assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+        assert result.stderr.startswith(f"error: VENV_DIR={machine.folder / place}: ")
+    assert (machine.folder / "mine" / "thesis.txt").exists()
+
+
 def test_every_requirement_has_a_tested_version():
     pins = names(ROOT / "constraints.txt")
     for name in [*REQUIREMENTS, *names(ROOT / "requirements-dev.txt")]:

@@ -124,9 +124,10 @@ def test_every_variable_of_the_launcher_sets_the_flag_beside_it(mode, command):
     if mode == "finetune":
         own, other = other, own
     line = re.compile(r"^\s*(?:if .* then )?add(_list|_switch|_switch_off)? (\w+) (\w+)", re.MULTILINE)
-    wanted, variables = {}, {"MAX_UPDATE": "7", "HOURGLASS_CONFIG": "", "UPDATE_FREQ": "", "BLANK_WEIGHT": "7"}
+    variables = {"MAX_UPDATE": "7", "HOURGLASS_CONFIG": "", "UPDATE_FREQ": "", "BLANK_WEIGHT": "7", "SAVE": "true"}
+    wanted = {}
     for kind, flag, variable in line.findall(shared + own):
-        if flag in ("hourglass_transformer", "hourglass_resample"):
+        if flag in ("hourglass_transformer", "hourglass_resample", "save"):
             continue
         value = {"": "7", "_list": "7 8", "_switch": "true", "_switch_off": "false"}[kind]
         variables.setdefault(variable, value)
@@ -361,6 +362,13 @@ def test_another_number_of_sub_batches_leaves_the_learning_rate_and_prints_the_s
         {"MAX_UPDATE": "a[$(echo oops >&2)]"},
         {"FP16": "maybe"},
         {"RESUME": "maybe"},
+        {"WARMUP_PERCENT": "8.5"},
+        {"WARMUP_PERCENT": "08"},
+        {"WARMUP_PERCENT": "-1"},
+        {"WARMUP_PERCENT": "101"},
+        {"HOLD_PERCENT": "a[$(echo oops >&2)]"},
+        {"WARMUP_PERCENT": "60", "HOLD_PERCENT": "41"},
+        {"NUM_WARMUP_EPOCHS": "08", "NUM_EPOCHS": "1"},
         {"NUM_NODES": "2", "NUM_CONCAT_BATCHES": "1"},
         {"NUM_NODES": "2", "NUM_CONCAT_BATCHES": "1", "NODE_RANK": "2", "MASTER_ADDR": "a"},
     ],
@@ -407,6 +415,57 @@ def test_warm_up_and_hold_keep_their_share_of_a_shorter_training(config):
     assert (optim.warmup_updates, optim.hold_updates) == (100, 400)
     assert config("pretrain_base", MAX_UPDATE="1000").optim.warmup_updates == 80
     assert config("pretrain_base", MAX_UPDATE="1000", WARMUP_UPDATES="7").optim.warmup_updates == 7
+
+
+def test_shares_up_to_the_whole_are_taken_and_need_a_length(call, config):
+    optim = config("finetune_base_960h", MAX_UPDATE="1000", WARMUP_PERCENT="0", HOLD_PERCENT="100").optim
+    assert (optim.warmup_updates, optim.hold_updates) == (0, 1000)
+    # a share that is replaced by a number of updates does not count
+    assert call("finetune_base_960h", WARMUP_UPDATES="7", HOLD_PERCENT="95").returncode == 0
+    result = call("train", "pretrain", WARMUP_PERCENT="8")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "error: MAX_UPDATE=" in result.stderr
+
+
+def test_what_saves_is_not_passed_on_when_nothing_is_saved(command):
+    saving = {"SAVE_FREQUENCY": "2", "SAVE_INTERVAL_UPDATES": "3", "KEEP_MILESTONES": "4 5"}
+    flags = {"--save_frequency", "--save_interval_updates", "--keep_milestones"}
+    for preset in ("pretrain_base", "finetune_tiny"):
+        assert flags <= {*command(preset, **saving)}
+        assert flags <= {*command(preset, SAVE="true", **saving)}
+        words = {*command(preset, SAVE="false", **saving)}
+        assert "--no_save" in words
+        assert not flags & words
+
+
+def test_a_length_of_channel_masks_goes_with_a_probability_above_zero(command):
+    for off in ("0", "0.0", "0.00"):
+        assert "--mask_channel_length" not in command("finetune_base_960h", MASK_CHANNEL_PROB=off)
+    for on in ("0.004", "1", "5e-1"):
+        assert "--mask_channel_length" in command("finetune_base_960h", MASK_CHANNEL_PROB=on)
+    assert "--mask_channel_length" in command("pretrain_base", MASK_CHANNEL_LENGTH="7")  # for train.py to refuse
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("MAX_UPDATES", "MAX_UPDATE"),
+        ("LEARNINGRATE", "LEARNING_RATE"),
+        ("NUM_GPU", "NUM_GPUS"),
+        ("BLANKMODE", "BLANK_MODE"),
+        ("HOURGLASS_RE_SAMPLE", "HOURGLASS_RESAMPLE"),
+    ],
+)
+def test_a_variable_that_is_nearly_one_of_the_recipes_is_noted(name, meant, call):
+    usual, result = call("pretrain_base"), call("pretrain_base", **{name: "1"})
+    assert (result.returncode, result.stdout) == (0, usual.stdout)
+    assert result.stderr == f"{name} is set, but nothing reads it; did you mean {meant}?\n" + usual.stderr
+
+
+def test_no_variable_that_is_read_is_noted(call):
+    text = (ROOT / "docs" / "parameters.md").read_text(encoding="utf-8")
+    for name in sorted(set(re.findall(r"`([A-Z][A-Z0-9_]+)`", text))):
+        assert "did you mean" not in call("pretrain_base", **{name: ""}).stderr, name
 
 
 def test_precision_flags_follow_fp16_and_bf16_alone(command):
@@ -542,6 +601,17 @@ def test_recipes_run_with_the_active_environment_or_the_one_of_the_checkout(comm
     assert chosen(VIRTUAL_ENV=str(tmp_path / "active"), PYTHON="python3.12") == "python3.12"
 
 
+@pytest.mark.parametrize("script", ["pretrain_base", "inference"])
+def test_a_python_that_is_not_there_is_a_usage_error_but_not_for_a_dry_run(script, call, tmp_path):
+    (tmp_path / "file").touch()
+    for python in ("/no/such/python", "nopython", str(tmp_path), str(tmp_path / "file")):
+        result = call(script, PYTHON=python, DRY_RUN=None)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert f"error: PYTHON={python}: " in result.stderr
+        assert call(script, PYTHON=python).returncode == 0
+    assert "PYTHON" in call(script, DRY_RUN=None).stderr  # nor is there a python3 on this PATH
+
+
 def test_scripts_work_from_any_folder_and_below_folders_with_spaces(command, tmp_path):
     checkout = tmp_path / "a b" / "it's"
     shutil.copytree(SCRIPTS, checkout / "scripts")
@@ -570,6 +640,51 @@ def test_nothing_is_created_by_a_dry_run(call, tmp_path):
     assert sorted(tmp_path.iterdir()) == before
 
 
+# --------------------------------------------------------------------------------------------------- quickstart
+
+
+def test_a_dry_run_of_the_quickstart_prints_all_its_commands_and_writes_nothing(call, tmp_path):
+    result = call("quickstart", cwd=tmp_path, QUICKSTART_WORK="my work", PRETRAIN_UPDATES="7", PYTHON="/no/python")
+    assert result.returncode == 0, result.stderr
+    assert list(tmp_path.iterdir()) == []
+    lines = [shlex.split(line) for line in result.stdout.splitlines() if not line.startswith("# ")]
+    programs = [next(Path(word).name for word in words if word.endswith((".py", ".sh"))) for words in lines]
+    making = ["setup_env.sh", "synthesize_corpus.py", "generate_filelists.sh"]
+    assert programs == [*making, "train.py", "train.py", "inference.py"]
+    work = f"{tmp_path}/my work"
+    assert lines[2][2:] == [f"{work}/corpus", f"{work}/filelists"]
+    pretrain, finetune, inference = lines[3:]
+    assert (pretrain[0], pretrain[2]) == ("/no/python", "pretrain")
+    assert pretrain[pretrain.index("--max_update") + 1] == "7"
+    assert finetune[finetune.index("--w2v_path") + 1] == f"{work}/pretrain/wav2vec2_update7.pt"
+    assert inference[inference.index("--w2v_path") + 1] == f"{work}/finetune/wav2vec2_best.pt"
+
+
+def test_a_dry_run_of_the_quickstart_takes_a_corpus_as_it_is(call, tmp_path):
+    for subset in ("train", "dev", "test"):
+        (tmp_path / "corpus" / subset).mkdir(parents=True)
+    result = call("quickstart", cwd=tmp_path, QUICKSTART_DIR="corpus")
+    assert result.returncode == 0, result.stderr
+    assert "synthesize" not in result.stdout
+    assert f"{tmp_path}/corpus {tmp_path}/quickstart/filelists\n" in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+
+
+@pytest.mark.parametrize("arguments", [["--hlep"], ["my_corpus"], ["--help", "x"], [""]])
+def test_the_quickstart_takes_no_other_arguments(arguments, call, tmp_path):
+    result = call("quickstart", *arguments, cwd=tmp_path, DRY_RUN=None)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_for_the_quickstart_that_cannot_be_written_is_named(call, tmp_path):
+    (tmp_path / "file").touch()
+    for work in ("file", "file/deep"):
+        result = call("quickstart", cwd=tmp_path, DRY_RUN=None, QUICKSTART_WORK=work, PATH=os.environ["PATH"])
+        assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+        assert result.stderr.startswith(f"error: QUICKSTART_WORK={work}: ")
+
+
 # --------------------------------------------------------------------------------------------------- containers
 
 
@@ -581,6 +696,26 @@ def test_the_container_sees_the_data_where_recipes_look_for_it(command, tools, t
     assert "--gpus" not in command("docker/run", "nvidia-smi", GPUS="")
     relative = command("docker/run", DATASET_DIR="data", cwd=tmp_path)
     assert f"{tmp_path}/data:/datasets" in relative
+
+
+def test_docker_is_not_left_to_make_folders(call, tmp_path):
+    docker = tmp_path / "bin" / "docker"
+    docker.parent.mkdir()
+    docker.write_text('#!/bin/sh\nprintf "<%s>" "$@"\n', encoding="utf-8")
+    docker.chmod(0o755)
+    places = {
+        "PATH": f"{docker.parent}:{os.environ['PATH']}",
+        "DRY_RUN": None,
+        "RESULTS_DIR": str(tmp_path / "a" / "r"),
+    }
+    refused = call("docker/run", DATASET_DIR="/no/such data", **places)
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
+    assert refused.stderr.startswith("error: DATASET_DIR=/no/such data: ")
+    assert not (tmp_path / "a").exists()
+    ran = call("docker/run", DATASET_DIR=str(tmp_path), **places)
+    assert ran.returncode == 0, ran.stderr
+    assert f"<{tmp_path}:/datasets>" in ran.stdout
+    assert (tmp_path / "a" / "r").is_dir()
 
 
 def test_the_base_of_the_container_can_be_named(command):

@@ -15,7 +15,7 @@ FULL_960 = ("train-clean-100", "train-clean-360", "train-other-500")
 
 def bash(script, *arguments, cwd, **variables):
     environment = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, **variables}
-    command = ["bash", str(ROOT / "scripts" / script), *map(str, arguments)]
+    command = [os.environ.get("TEST_BASH", "bash"), str(ROOT / "scripts" / script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd)
 
 
@@ -81,12 +81,64 @@ def test_an_empty_or_absent_dataset_is_a_usage_error(tmp_path):
         assert result.returncode == 2
         assert "DATASET_DIR=" in result.stderr
     assert list(tmp_path.iterdir()) == []
-    assert bash("generate_filelists.sh", "--help", cwd=tmp_path).returncode == 2
+    for wrong in (["--x"], ["a", "--x"], ["a", "b", "c"]):
+        assert bash("generate_filelists.sh", *wrong, cwd=tmp_path).returncode == 2
+
+
+def test_nothing_is_written_below_a_source_unless_asked(librispeech, tmp_path):
+    refused = bash("generate_filelists.sh", librispeech, cwd=tmp_path)
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
+    assert "second argument" in refused.stderr
+    assert "FILELISTS_DIR" in refused.stderr
+    assert not list(tmp_path.rglob("*.tsv"))
+    (tmp_path / "file").touch()
+    unwritable = bash("generate_filelists.sh", librispeech, tmp_path / "file" / "x", cwd=tmp_path)
+    assert (unwritable.returncode, unwritable.stdout, unwritable.stderr.count("\n")) == (2, "", 1)
+    assert "FILELISTS_DIR=" in unwritable.stderr
+
+
+def test_without_arguments_lists_go_where_recipes_look_and_that_is_said_first(librispeech, tmp_path):
+    for subset in FULL_960:
+        shutil.rmtree(librispeech / subset)
+    result = bash("generate_filelists.sh", cwd=tmp_path, DATASET_DIR=str(librispeech))
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.splitlines()[0] == f"Writing lists into {librispeech}"
+    assert (librispeech / "dev-other.tsv").is_file()
+    named = bash("generate_filelists.sh", librispeech, cwd=tmp_path, FILELISTS_DIR=str(tmp_path / "l"))
+    assert named.returncode == 0, named.stderr
+    assert (tmp_path / "l" / "dev-other.tsv").is_file()
+
+
+@pytest.mark.parametrize("script", ["generate_filelists.sh", "quickstart.sh"])
+def test_help_prints_the_comment_at_the_head_of_the_script(script, tmp_path):
+    result = bash(script, "--help", cwd=tmp_path, PYTHON="/no/such/python")
+    assert (result.returncode, result.stderr) == (0, "")
+    source = (ROOT / "scripts" / script).read_text().splitlines()
+    assert result.stdout.splitlines()[0] == source[1].removeprefix("# ")
+    assert "DRY_RUN=1" in result.stdout
+    assert "SPDX" not in result.stdout
+    assert '. "$(dirname' not in result.stdout
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("script", ["download_data.sh", "download_pretrained.sh", "generate_filelists.sh"])
-def test_a_dry_run_prints_commands_whose_flags_exist_and_does_nothing(script, tmp_path):
-    result = bash(script, "target dir", cwd=tmp_path, DRY_RUN="1")
+def test_a_python_that_is_not_there_is_a_usage_error_that_names_the_variable(script, librispeech, tmp_path):
+    arguments = {"generate_filelists.sh": [librispeech, tmp_path / "l"]}.get(script, ["to"])
+    result = bash(script, *arguments, cwd=tmp_path, PYTHON="/no/such/python")
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert "PYTHON=/no/such/python" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "targets"),
+    [
+        ("download_data.sh", ["target dir"]),
+        ("download_pretrained.sh", ["target dir"]),
+        ("generate_filelists.sh", ["source", "target dir"]),
+    ],
+)
+def test_a_dry_run_prints_commands_whose_flags_exist_and_does_nothing(script, targets, tmp_path):
+    result = bash(script, *targets, cwd=tmp_path, DRY_RUN="1")
     assert (result.returncode, result.stderr) == (0, "")
     assert list(tmp_path.iterdir()) == []
     for line in result.stdout.splitlines():

@@ -1,5 +1,6 @@
 """File lists: every file once, in a reproducible order, and nothing left out in silence."""
 
+import errno
 import json
 import os
 import subprocess
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 import soundfile
 
+from common.data.audio import read_audio
 from common.errors import ConfigError, DataError
-from utils import combine_filelists, filelists, generate_filelist
+from utils import combine_filelists, filelists, generate_filelist, program
 
 PROGRAM = Path(generate_filelist.__file__)
 NAMES = [
@@ -114,6 +116,45 @@ def test_the_split_draws_one_number_for_each_sorted_file(shared):
             assert [i for i, valid in enumerate(drawn) if valid] == case["valid_positions"]
 
 
+@pytest.fixture
+def mixed(tmp_path):
+    """Four files that training takes and four that it refuses, one of them for two reasons."""
+    root = tmp_path / "mixed"
+    for number in range(4):
+        write_audio(root / f"good{number}.wav", 16000)
+    write_audio(root / "a_phone.wav", 8000, 8000)
+    write_audio(root / "b_phone.wav", 8000, 8000)
+    soundfile.write(root / "cd.flac", np.zeros((44100, 2), np.int16), 44100)
+    soundfile.write(root / "ogg.wav", np.zeros(16000), 16000, format="OGG")
+    return root
+
+
+def test_files_that_training_refuses_are_listed_with_a_warning_for_each_kind(mixed, tmp_path, capsys):
+    generate_filelist.main([str(mixed), str(tmp_path / "x.tsv")])
+    assert len(filelists.read_filelist(tmp_path / "x.tsv").paths) == 8
+    warnings = capsys.readouterr().err.splitlines()
+    starts = [
+        "warning: 1 of 8 files are not WAV or FLAC, such as 'ogg.wav' (OGG); training refuses them",
+        "warning: 3 of 8 files are not at 16000 Hz, such as 'a_phone.wav' (8000 Hz); training refuses them",
+        "warning: 1 of 8 files are not mono, such as 'cd.flac' (2 channels); training refuses them",
+    ]
+    assert len(warnings) == len(starts)
+    assert all(line.startswith(start) for line, start in zip(warnings, starts, strict=True))
+
+
+def test_skip_bad_leaves_out_what_training_refuses_and_says_how_many(mixed, tmp_path, capsys):
+    out = tmp_path / "x.tsv"
+    generate_filelist.main([str(mixed), str(out), "--skip_bad"])
+    assert filelists.read_filelist(out).paths == tuple(f"good{number}.wav" for number in range(4))
+    assert "4 of 8 files would be refused in training and are left out" in capsys.readouterr().out
+    for path in filelists.read_filelist(out).paths:
+        assert len(read_audio(mixed / path, sample_rate=16000)) == 16000
+    generate_filelist.main([str(mixed), str(out), "--skip_bad", "--sample_rate", "8000"])
+    assert filelists.read_filelist(out).paths == ("a_phone.wav", "b_phone.wav")
+    with pytest.raises(DataError, match="--sample_rate"):
+        generate_filelist.main([str(mixed), str(out), "--skip_bad", "--sample_rate", "7"])
+
+
 def test_both_parts_of_a_split_are_disjoint_and_complete(tmp_path):
     for number in range(60):
         write_audio(tmp_path / "in" / f"{number:03d}.wav", 10)
@@ -147,12 +188,30 @@ def test_a_repaired_file_moves_no_other_file_of_the_split(tmp_path):
         (["--valid_out", "v.tsv"], "one needs the other"),
         (["--valid_persent", "0.1"], "did you mean --valid_percent"),
         (["--workers", "0"], "at least one"),
+        (["--sample_rate", "0"], "such as 16000"),
     ],
 )
 def test_mistakes_of_usage_are_refused_with_the_remedy(tree, tmp_path, flags, message):
     with pytest.raises(ConfigError, match=message):
         generate_filelist.main([str(tree), str(tmp_path / "x.tsv"), *flags])
     assert not list(tmp_path.glob("*.tsv"))
+
+
+def test_a_list_does_not_replace_the_other_half_or_what_it_is_made_of(tree, tmp_path):
+    out = tmp_path / "x.tsv"
+    with pytest.raises(ConfigError, match="--valid_out .*different names"):
+        generate_filelist.main(
+            [str(tree), str(out), "--valid_percent", "0.5", "--valid_out", str(tree / ".." / "x.tsv")]
+        )
+    assert not out.exists()
+    for name in "ab":
+        (tmp_path / f"{name}.tsv").write_text("/root\nx.wav\t5\n")
+    lists = [str(tmp_path / "a.tsv"), str(tmp_path / "b.tsv")]
+    with pytest.raises(ConfigError, match=r"--output .*b\.tsv: is among the lists"):
+        combine_filelists.main([*lists, "--output", str(tree / ".." / "b.tsv")])
+    assert (tmp_path / "b.tsv").read_text() == "/root\nx.wav\t5\n"
+    with pytest.raises(DataError, match=r"c\.tsv: no such file; make it with utils/generate_filelist\.py"):
+        combine_filelists.main([*lists, str(tmp_path / "c.tsv"), "--output", str(out)])
 
 
 def test_a_split_without_files_on_one_side_is_refused(tree, tmp_path):
@@ -174,9 +233,14 @@ def test_errors_are_one_line_with_a_status_and_no_traceback(tree, tmp_path):
     assert (data.returncode, data.stderr.count("\n")) == (1, 1)
     assert "Traceback" in run(tmp_path / "nowhere", "x.tsv", "--debug").stderr
     (tmp_path / "file").write_text("")
-    unwritable = run(tree, "file/x.tsv")
-    assert unwritable.returncode == 1
-    assert "Traceback" not in unwritable.stderr
+    (tmp_path / "folder.tsv").mkdir()
+    for output in ("file/x.tsv", "file/deep/x.tsv", "folder.tsv", "/dev/null/x.tsv"):
+        unwritable = run(tree, output)
+        assert (unwritable.returncode, unwritable.stderr.count("\n")) == (2, 1)
+        assert unwritable.stderr.startswith(f"error: {output}: cannot be written (")
+        assert "check the path and its permissions" in unwritable.stderr
+        assert "partial" not in unwritable.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"tree", "file", "folder.tsv"}
     good = run(tree, "x.tsv")
     assert (good.returncode, good.stderr) == (0, "")
 
@@ -230,6 +294,25 @@ def test_lists_whose_labels_do_not_fit_are_not_joined(tmp_path):
     with pytest.raises(DataError, match="b.ltr: 2 lines for 1 files"):
         combine_filelists.main(arguments)
     assert not (tmp_path / "c.tsv").exists()
+
+
+def test_errors_while_writing_name_the_output_and_others_pass(tmp_path):
+    out, partial = tmp_path / "out", tmp_path / ".out.partial"
+    with pytest.raises(ConfigError, match=rf"{out}: cannot be written \(.*permissions$"), program.writing(out, partial):
+        (partial / "deep").mkdir()
+    with pytest.raises(FileNotFoundError), program.writing(out, partial):
+        (tmp_path / "input").read_text()
+    with pytest.raises(DataError, match=rf"{out}: cannot be written .*; make room"), program.writing(out, partial):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_an_error_of_the_system_has_a_remedy(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["tool"])
+    with pytest.raises(SystemExit) as end:
+        program.run(lambda argv: (tmp_path / "input").read_text())
+    assert end.value.code == 1
+    expected = f"error: {tmp_path}/input: No such file or directory; check the path and its permissions\n"
+    assert capsys.readouterr().err == expected
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from common.errors import DataError
+from common.errors import ConfigError, DataError
 from utils import generate_1h_10h_datasets, generate_dictionary, generate_filelist, libri_labels, transcripts
 
 CHAPTER = "84/121123"
@@ -100,6 +100,27 @@ def test_words_or_nothing_make_no_dictionary(tmp_path):
     (tmp_path / "x.ltr").write_text("\n")
     with pytest.raises(DataError, match="no symbols"):
         generate_dictionary.main([str(tmp_path / "x.ltr"), str(tmp_path / "d")])
+
+
+@pytest.mark.parametrize("output", ["a.ltr", "sub/../a.ltr", "new.ltr", "a.wrd", "a.tsv", "notes.txt", "link"])
+def test_a_dictionary_replaces_nothing_but_a_dictionary(output, tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "link").symlink_to("a.ltr")
+    for name, text in (("a.ltr", "A |\n"), ("a.wrd", "A\n"), ("a.tsv", "/root\nx\t5\n"), ("notes.txt", "my notes\n")):
+        (tmp_path / name).write_text(text)
+    before = {path: path.read_text() for path in tmp_path.glob("*.*")}
+    with pytest.raises(ConfigError, match=r"choose another name|comes last"):
+        generate_dictionary.main([str(tmp_path / "a.ltr"), str(tmp_path / output)])
+    assert {path: path.read_text() for path in tmp_path.glob("*.*")} == before
+
+
+def test_a_dictionary_can_be_made_again(tmp_path):
+    (tmp_path / "a.ltr").write_text("A |\n")
+    out = tmp_path / "dict.ltr.txt"
+    for text in ("", "| 7\nB 1\n"):
+        out.write_text(text)
+        generate_dictionary.main([str(tmp_path / "a.ltr"), str(out)])
+        assert out.read_text() == "A 1\n| 1\n"
 
 
 def test_the_fine_tuning_sets_are_those_of_libri_light(shared, tmp_path):
