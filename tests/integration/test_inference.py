@@ -17,7 +17,8 @@ import pytest
 import soundfile
 import torch
 from conftest import ROOT
-from tiny import HOURGLASS, LARGE, MODEL, NO_DROPOUT, WORDS, corpus
+from tiny import WORDS, corpus
+from tiny_model import HOURGLASS, LARGE, MODEL, NO_DROPOUT
 
 import inference
 from common import checkpoint, flags
