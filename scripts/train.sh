@@ -104,8 +104,8 @@ add feature_grad_mult FEATURE_GRAD_MULT
 add mask_prob MASK_PROB
 add mask_length MASK_LENGTH
 add mask_channel_prob MASK_CHANNEL_PROB
-# a recipe without masks over channels has no use for its length; an unset probability is for train.py to judge
-case "${MASK_CHANNEL_PROB:-unset}" in
+# a recipe without masks over channels has no use for their length
+case "${MASK_CHANNEL_PROB:-0}" in
     *[!0.]*)
         add mask_channel_length MASK_CHANNEL_LENGTH
         ;;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def console():
+    """Programs that a test ran leave no handler that writes to the output captured for that test."""
+    before = list(logging.getLogger().handlers)
+    yield
+    for handler in [handler for handler in logging.getLogger().handlers if handler not in before]:
+        logging.getLogger().removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

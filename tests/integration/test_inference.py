@@ -277,7 +277,7 @@ def test_numbers_are_logged_and_warm_up_is_left_out(folder, tmp_path, capsys):
 def test_latencies_are_averages_and_percentiles_over_the_steps_that_count():
     watch = inference.Stopwatch(torch.device("cpu"))
     watch.data, watch.model, watch.seconds = [9.0, *np.arange(101) / 1000], [9.0, *np.full(101, 0.002)], 4.0
-    values = inference.transcribe.timing(watch, warmup_steps=1, hours=2.0)
+    values = inference.latency.timing(watch, warmup_steps=1, hours=2.0)
     found = [values[f"latency_data_{name}"] for name in ("avg", "90", "95", "99")]
     assert found == pytest.approx([50, 90, 95, 99])
     assert values["latency_data+model_95"] == pytest.approx(97)

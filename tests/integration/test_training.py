@@ -39,8 +39,10 @@ def pretrain(data: Path, output: Path, *more: str, updates: int = 6) -> dict[str
 def finetune(data: Path, output: Path, w2v: Path, *more: str, updates: int = 6) -> dict[str, Any]:
     """Fine-tune and give the last checkpoint."""
     command = ["finetune", "--data", str(data), "--output_dir", str(output), "--w2v_path", str(w2v), *QUICK]
-    command += ["--max_tokens", "60000", "--lr", "0.003", "--mask_prob", "0.2", "--mask_length", "2"]
-    command += ["--mask_channel_prob", "0.1", "--mask_channel_length", "2", "--max_update", str(updates), *more]
+    command += ["--max_tokens", "60000", "--lr", "0.003", "--max_update", str(updates), *more]
+    if "--mask_prob" not in more:
+        command += ["--mask_prob", "0.2", "--mask_length", "2"]
+        command += ["--mask_channel_prob", "0.1", "--mask_channel_length", "2"]
     train.main(command)
     return checkpoint.load(checkpoint.update_path(output, updates))
 
@@ -132,7 +134,7 @@ def test_contrastive_accuracy_rises_on_few_utterances(data, tmp_path):
 def test_eight_utterances_are_learnt_by_heart(tmp_path):
     folder = corpus(tmp_path / "data", number=8, low=1.2, high=1.5)
     pretrain(folder, tmp_path / "pretrain", updates=2)
-    more = ("--mask_prob", "0", "--mask_channel_prob", "0", "--dropout", "0", "--attention_dropout", "0")
+    more = ("--mask_prob", "0", "--dropout", "0", "--attention_dropout", "0")
     more += (
         "--validate_interval_updates",
         "50",
