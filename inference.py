@@ -152,4 +152,4 @@ def report(
 
 
 if __name__ == "__main__":
-    run_program(main, sys.argv[1:])
+    run_program(main, sys.argv[1:], rank=distributed.launched_rank())

@@ -58,4 +58,4 @@ def train_step(run: Run, batches: Sequence[Batch], step: int) -> bool:
 
 
 if __name__ == "__main__":
-    run_program(main, sys.argv[1:])
+    run_program(main, sys.argv[1:], rank=distributed.launched_rank())

@@ -70,6 +70,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def launched_rank() -> int:
+    """The same as the launcher gave it, outside the session too."""
+    return _environment_number("RANK", 0)
+
+
 def local_rank() -> int:
     """Number of this process on its machine, from 0."""
     return _environment_number("LOCAL_RANK", 0)

@@ -8,13 +8,14 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from common.errors import UserError
+from common.errors import ConfigError, UserError
 
 
-def run_program(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> NoReturn:
+def run_program(main: Callable[[Sequence[str]], None], argv: Sequence[str], rank: int = 0) -> NoReturn:
     """Run a program and exit: 2 for wrong usage, 1 for data and run-time errors, 130 after Ctrl-C.
 
-    With --debug among the arguments errors keep their traceback.
+    With --debug among the arguments errors keep their traceback. `rank`: number of this process in its run; a wrong
+    flag, which all of them find, is told by the first.
     """
     status: int = 0
     try:
@@ -22,7 +23,8 @@ def run_program(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> N
     except UserError as error:
         if "--debug" in argv:
             raise
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        if not (rank and isinstance(error, ConfigError)):
+            print(f"error: {error}" + (f" (process {rank})" if rank else ""), file=sys.stderr)  # noqa: T201
         status = error.exit_status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)  # noqa: T201

@@ -29,11 +29,12 @@ def parse_train(argv: Sequence[str]) -> Config:
         prog="train.py", description="Train wav2vec 2.0: self-supervised, or with CTC on transcripts."
     )
     modes = parser.add_subparsers(dest="mode", required=True, metavar="{pretrain,finetune}")
-    for mode, help_text in (
-        ("pretrain", "learn speech representations from audio alone"),
-        ("finetune", "learn to transcribe, from a pre-trained checkpoint"),
+    for mode, needed, help_text in (
+        ("pretrain", "", "Learn speech representations from audio alone."),
+        ("finetune", " --w2v_path FILE", "Learn to transcribe, from a pre-trained checkpoint."),
     ):
-        subparser = modes.add_parser(mode, help=help_text, description=help_text)
+        usage = f"train.py {mode} --data DIR --output_dir DIR{needed} [FLAG ...]"
+        subparser = modes.add_parser(mode, usage=usage, help=help_text, description=help_text)
         for name, section in TRAIN_SECTIONS.items():
             flags.add_flags(subparser, section, mode, TITLES[name])
     namespace = parser.parse_args(list(argv))
@@ -48,9 +49,12 @@ def parse_train(argv: Sequence[str]) -> Config:
 def parse_inference(argv: Sequence[str]) -> InferenceConfig:
     """The configuration of inference.py. Raises ConfigError; --help prints and ends the program."""
     parser = flags.Parser(
-        prog="inference.py", description="Transcribe speech and score transcripts with a fine-tuned model."
+        prog="inference.py",
+        usage="inference.py --w2v_path FILE (--data DIR --valid_subset NAME | --transcribe_wav FILE | "
+        "--transcribe_filelist FILE) [FLAG ...]",
+        description="Transcribe speech and score transcripts with a fine-tuned model.",
     )
-    flags.add_flags(parser, InferenceConfig, "pretrain", "options")
+    flags.add_flags(parser, InferenceConfig, "pretrain", "model, speech and results")
     namespace = parser.parse_args(list(argv))
     config = flags.from_namespace(InferenceConfig, namespace)
     check_inference_config(config, flags.explicit(namespace))
