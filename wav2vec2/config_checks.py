@@ -91,31 +91,22 @@ def _check_paths(config: Config) -> None:
 
 
 def _check_effects(config: Config, explicit: Collection[str]) -> None:
-    needs = {
-        "encoder_layers": (not config.model.hourglass_transformer, "without --hourglass_transformer"),
-        "hourglass_resample": (bool(config.model.hourglass_transformer), "with --hourglass_transformer"),
-        "mask_min_space": (config.mask.no_mask_overlap, "with --no_mask_overlap"),
-        "mask_channel_min_space": (config.mask.no_mask_channel_overlap, "with --no_mask_channel_overlap"),
-        "save_frequency": (config.run.save, "without --no_save"),
-        "save_interval_updates": (config.run.save, "without --no_save"),
-        "keep_milestones": (config.run.save, "without --no_save"),
-        "mask_other": (
-            config.mask.mask_selection in ("uniform", "normal"),
-            "with --mask_selection uniform or normal",
-        ),
-        "mask_channel_other": (
-            config.mask.mask_channel_selection in ("uniform", "normal"),
-            "with --mask_channel_selection uniform or normal",
-        ),
-        "blank_mode": (config.ctc.blank_weight != 0, "with --blank_weight"),
-        "num_warmup_epochs": (config.run.num_epochs > 0, "with --num_epochs"),
-    }
-    for name in explicit:
-        if name.startswith("mask_channel_") and name != "mask_channel_prob":
-            needs.setdefault(name, (config.mask.mask_channel_prob > 0, "with --mask_channel_prob above 0"))
-        elif name.startswith("mask_") and not name.startswith("mask_channel") and name != "mask_prob":
-            needs.setdefault(name, (config.mask.mask_prob > 0, "with --mask_prob above 0"))
-    for name, (has_effect, condition) in needs.items():
+    mask, save = config.mask, (config.run.save, "without --no_save")
+    needs = [
+        ("encoder_layers", not config.model.hourglass_transformer, "without --hourglass_transformer"),
+        ("hourglass_resample", bool(config.model.hourglass_transformer), "with --hourglass_transformer"),
+        *((name, *save) for name in ("save_frequency", "save_interval_updates", "keep_milestones")),
+        ("blank_mode", config.ctc.blank_weight != 0, "with --blank_weight"),
+        ("num_warmup_epochs", config.run.num_epochs > config.run.num_warmup_epochs, "with a larger --num_epochs"),
+    ]
+    for kind, spans in (("mask", mask.of_time()), ("mask_channel", mask.of_channels())):
+        drawn = (spans["prob"] > 0, f"with --{kind}_prob above 0")
+        names = [f"{kind}_{part}" for part in ("length", "selection", "other", "min_space")]
+        needs += [(name, *drawn) for name in (*names, f"no_{kind}_overlap")]
+        two_numbers = spans["selection"] in ("uniform", "normal")
+        needs.append((f"{kind}_other", two_numbers, f"with --{kind}_selection uniform or normal"))
+        needs.append((f"{kind}_min_space", spans["no_overlap"], f"with --no_{kind}_overlap"))
+    for name, has_effect, condition in needs:
         if name in explicit and not has_effect:
             raise ConfigError(f"--{name}: has an effect only {condition}; drop it")
 

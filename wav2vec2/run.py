@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,13 +44,13 @@ class Progress:
 class _Interval:
     """Sums, updates and seconds of training since some point."""
 
-    sums: Counter[str] = field(default_factory=Counter)
+    sums: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     updates: int = 0
     seconds: float = 0.0
 
     def add(self, sums: Mapping[str, float], updates: int, seconds: float) -> None:
         for name, value in sums.items():
-            self.sums[name] += value  # type: ignore[assignment]
+            self.sums[name] += value
         self.updates += updates
         self.seconds += seconds
 
@@ -209,11 +209,11 @@ class Run:
     def close(self) -> None:
         """Write what is left and stop the workers."""
         measured = self._benchmark[self.config.run.num_warmup_epochs :]
-        if self.config.run.num_epochs:
-            if not measured:
-                raise TrainingError("--num_epochs: no epoch is left after --num_warmup_epochs; give more epochs")
+        if measured:
             means = {name: sum(epoch[name] for epoch in measured) / len(measured) for name in measured[0]}
             self.logger.log("benchmark", (), means)
+        elif self.config.run.num_epochs:
+            log.warning("--max_update ended the run before an epoch could be measured; raise it")
         self.train_loader.close()
         self.logger.close()
 
@@ -227,8 +227,7 @@ class Run:
                 else "all transcripts are empty, so there is nothing to learn; check the label file"
             )
         broken = [name for name in ("loss", "grad_norm") if not math.isfinite(sums.get(name, 0.0))]
-        # in fp16 an overflow is the loss scaler's business
-        if broken and not (self.config.precision.fp16 and self.optimizer.num_skipped):
+        if broken and not self.config.precision.fp16:  # in fp16 the loss scaler skips such updates, or gives up
             raise TrainingError(
                 f"{' and '.join(broken)} not finite by update {step}; the last checkpoint in {folder} is of before; "
                 "go on from it with --resume and a lower --lr"
