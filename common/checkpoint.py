@@ -1,67 +1,36 @@
 """Checkpoint files: safe load, atomic save, the newest that is valid, which ones are kept.
 
-A checkpoint holds plain containers, numbers, text and tensors, nothing else. A file is read in three steps, none
-of which executes anything: the archive (sizes, checksums), the list of names that its pickle asks for, and
-torch's weights-only reader.
+A checkpoint holds plain containers, numbers, text and tensors, nothing else.
 """
 
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import errno
-import io
 import logging
 import os
-import pickle
-import pickletools
 import re
-import struct
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from common import torch_file
 from common.errors import CheckpointError, ConfigError
+from common.torch_file import DamagedError, PickledCodeError
 
 log = logging.getLogger(__name__)
 
 FORMAT = "wav2vec2"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BEST_NAME = "wav2vec2_best.pt"
 
 _UPDATE_NAME = re.compile(r"wav2vec2_update(\d+)\.pt")
 _TEMPORARY = ".{name}.tmp"
-# A checkpoint's pickle describes its tensors and holds none: some 200 bytes for each of a few thousand.
-_MAX_PICKLE_BYTES = 16 * 2**20
-_CHUNK_BYTES = 2**20
 _NEEDED_KEYS = ("mode", "config", "model")
-_PLAIN_NAMES = re.compile(
-    r"collections\.OrderedDict|torch\.Size|torch\.\w+Storage|torch\.storage\.UntypedStorage"
-    r"|torch\._utils\._rebuild_(tensor_v[23]|parameter)"
-)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-# What torch's reader raises on damaged files, by experiment and from its source.
-_READ_ERRORS = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    OSError,
-    EOFError,
-    LookupError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    OverflowError,
-    struct.error,
-    zipfile.BadZipFile,
-)
-
-
-class DamagedError(CheckpointError):
-    """A file that is no (whole) checkpoint; the one before it may serve."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +99,7 @@ def save(path: str | Path, state: Mapping[str, Any]) -> None:
     temporary = path.with_name(_TEMPORARY.format(name=path.name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(temporary, content)
+        torch_file.write(temporary, content)
         temporary.replace(path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
@@ -155,24 +124,16 @@ def load(path: str | Path) -> dict[str, Any]:
     Raises CheckpointError in one line: missing, empty, truncated, damaged or not a checkpoint, with pickled code
     in it, from another program, or from a newer version of this toolkit.
     """
-    path = Path(path)
-    if path.is_dir():
+    if Path(path).is_dir():
         raise CheckpointError(f"{path}: is a folder; name a file in it, such as {BEST_NAME}")
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path}: is no regular file; name a checkpoint file")
     try:
-        with path.open("rb") as file:
-            _check_archive(path, file)
-            _check_names(path, _pickle_names(path, file))
-            file.seek(0)
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(f"{path}: there is no such file; check the path") from None
-    except PermissionError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); change its permissions") from None
-    except _READ_ERRORS as error:
-        raise _damaged(path, _first_line(error)) from error
-    return _recognised(path, state)
+        return recognised(path, torch_file.read(path))
+    except PickledCodeError as error:
+        if any(name.startswith(("fairseq.", "omegaconf.", "argparse.Namespace")) for name in error.names):
+            raise _foreign(path, "fairseq") from None
+        if all(name.startswith(("numpy.", "_codecs.encode")) for name in error.names):
+            raise _foreign(path, "another program (NVIDIA's hold NumPy objects like this one)") from None
+        raise
 
 
 def load_newest(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
@@ -210,13 +171,6 @@ def _plain(value: Any, where: str) -> Any:
     raise TypeError(f"{where}: a {type(value).__module__}.{type(value).__name__} cannot go into a checkpoint")
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
-    with path.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _sync_folder(folder: Path) -> None:
     """Make the new name durable: without it a power failure may undo the replacement."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -242,74 +196,8 @@ def _os_error(error: BaseException | None) -> OSError | None:
     return None
 
 
-def _check_archive(path: Path, file: io.BufferedReader) -> None:
-    """Refuse what is not a whole zip archive of stored records with the right checksums.
-
-    torch's reader does not look at the checksums. Only stored (never compressed) records, together no larger
-    than the file, keep a small file from becoming a large load.
-    """
-    size = os.fstat(file.fileno()).st_size
-    if size == 0:
-        raise DamagedError(f"{path}: is empty; use another checkpoint")
-    magic = file.read(4)
-    if magic != b"PK\x03\x04":
-        if magic[:1] == b"\x80":
-            raise CheckpointError(
-                f"{path}: is a pickle file of another program, not a checkpoint of this toolkit; convert it first"
-            )
-        raise _damaged(path, "it does not begin as one")
-    with zipfile.ZipFile(file) as archive:
-        records = archive.infolist()
-        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-            raise _damaged(path, "it holds compressed records")
-        if sum(record.file_size for record in records) > size:
-            raise _damaged(path, "its records overlap")
-        for record in records:
-            with archive.open(record) as stream:
-                while stream.read(_CHUNK_BYTES):
-                    pass
-
-
-def _pickle_names(path: Path, file: io.BufferedReader) -> set[str]:
-    """Every module.name that the archive's pickle refers to, found without unpickling."""
-    with zipfile.ZipFile(file) as archive:
-        pickles = [record for record in archive.infolist() if record.filename.endswith("data.pkl")]
-        if len(pickles) != 1 or pickles[0].file_size > _MAX_PICKLE_BYTES:
-            raise _damaged(path, "it has no table of contents of a sensible size")
-        names = set()
-        for opcode, argument, _ in pickletools.genops(archive.read(pickles[0])):
-            if opcode.name in ("GLOBAL", "INST"):
-                names.add(str(argument).replace(" ", "."))
-            elif opcode.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
-                names.add(opcode.name)
-    return names
-
-
-def _check_names(path: Path, names: set[str]) -> None:
-    strange = sorted(name for name in names if not _is_plain(name))
-    if not strange:
-        return
-    if any(name.startswith(("fairseq.", "omegaconf.", "argparse.Namespace")) for name in strange):
-        raise _foreign(path, "fairseq")
-    if all(name.startswith(("numpy.", "_codecs.encode")) for name in strange):
-        raise CheckpointError(
-            f"{path}: holds NumPy objects, as checkpoints of other programs (NVIDIA's) do; convert it first"
-        )
-    raise CheckpointError(
-        f"{path}: holds pickled code ({', '.join(strange[:3])[:120]!r}), which is never executed; "
-        "use a checkpoint of this toolkit"
-    )
-
-
-def _is_plain(name: str) -> bool:
-    if _PLAIN_NAMES.fullmatch(name):
-        return True
-    module, _, attribute = name.rpartition(".")
-    return module == "torch" and isinstance(getattr(torch, attribute, None), torch.dtype)
-
-
-def _recognised(path: Path, state: object) -> dict[str, Any]:
-    """Our own content, or an error that says whose it is."""
+def recognised(path: str | Path, state: object) -> dict[str, Any]:
+    """What torch_file.read() gave, if it is a checkpoint of this toolkit; else an error that says whose it is."""
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a checkpoint; use another file")
     if state.get("format") != FORMAT:
@@ -331,19 +219,21 @@ def _recognised(path: Path, state: object) -> dict[str, Any]:
     missing = [key for key in _NEEDED_KEYS if key not in state]
     if missing:
         raise DamagedError(f"{path}: lacks {', '.join(missing)}; use another checkpoint")
+    for older in range(version, FORMAT_VERSION):
+        state = _MIGRATIONS[older](state)
     return state
 
 
-def _foreign(path: Path, program: str) -> CheckpointError:
+def _from_version_1(state: dict[str, Any]) -> dict[str, Any]:
+    """Version 2 tells what a file was converted from."""
+    return {**state, "origin": None, "format_version": 2}
+
+
+_MIGRATIONS = {1: _from_version_1}  # what makes the next version of a state
+
+
+def _foreign(path: str | Path, program: str) -> CheckpointError:
     return CheckpointError(
-        f"{path}: is a checkpoint of {program}, not of this toolkit; convert it to this toolkit's format first"
+        f"{path}: is a checkpoint of {program}, not of this toolkit; "
+        "convert it first: python utils/convert_checkpoint.py IN OUT --to native"
     )
-
-
-def _damaged(path: Path, reason: str) -> DamagedError:
-    return DamagedError(f"{path}: is truncated, damaged or not a checkpoint ({reason}); use another checkpoint")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:100] if lines else type(error).__name__

@@ -40,6 +40,13 @@ class ModelConfig:
         modes=PRETRAIN,
     )
     conv_bias: bool = flag(False, "biases in the conv feature extractor", modes=PRETRAIN)
+    feature_projection: str = flag(
+        "needed",
+        "linear layer between feature extractor and transformer: 'needed' where their widths differ, or 'always', as "
+        "models of Hugging Face have it",
+        modes=PRETRAIN,
+        choices=("needed", "always"),
+    )
     encoder_layers: int = flag(12, "transformer layers (not used with an Hourglass)", modes=PRETRAIN, minimum=1)
     encoder_embed_dim: int = flag(768, "width of the transformer", modes=PRETRAIN, minimum=1)
     encoder_ffn_embed_dim: int = flag(3072, "width of its feed-forward blocks", modes=PRETRAIN, minimum=1)

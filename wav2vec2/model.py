@@ -357,7 +357,8 @@ class Wav2Vec2Model(nn.Module):
         self.feature_grad_mult = dropout.feature_grad_mult
         self.feature_extractor = FeatureExtractor(conv_layers, mode=config.extractor_mode, bias=config.conv_bias)
         self.layer_norm = LayerNorm(channels)
-        self.post_extract_proj = nn.Linear(channels, dim) if channels != dim else nn.Identity()
+        projects = channels != dim or config.feature_projection == "always"
+        self.post_extract_proj = nn.Linear(channels, dim) if projects else nn.Identity()
         self.dropout_input = nn.Dropout(dropout.dropout_input)
         self.mask_emb = nn.Parameter(torch.rand(dim))
         self.encoder = TransformerEncoder(config, dropout, fp32_softmax=fp32_softmax)

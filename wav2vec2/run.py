@@ -190,6 +190,7 @@ class Run:
             "ema": self.ema.state_dict(),
             "loader": self.train_loader.state_dict(),
             "progress": vars(self.progress).copy(),
+            "origin": None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], path: Path) -> None:

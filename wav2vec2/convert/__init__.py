@@ -1,0 +1,1 @@
+"""Checkpoints of other programs: read into this toolkit's terms, and written back."""

@@ -1,0 +1,265 @@
+"""Checkpoints of NVIDIA DeepLearningExamples <-> Contents: one flat table of options, the names of fairseq."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common import torch_file
+from common.errors import CheckpointError
+from common.labels import SPECIAL_SYMBOLS
+from wav2vec2.config import Config
+from wav2vec2.convert import adam_state
+from wav2vec2.convert.contents import Contents, check_complete, needed_shapes
+from wav2vec2.convert.fairseq import fresh_scaler, refuse_projection, weights_of
+from wav2vec2.convert.names import original_names, original_order
+from wav2vec2.convert.options import from_config, to_config
+from wav2vec2.convert.stand_ins import plain
+
+_MODES = ("pretrain", "finetune")
+
+
+def recognises(content: Any) -> bool:
+    """Whether torch_file.read() gave a checkpoint of NVIDIA's."""
+    args = content.get("args") if isinstance(content, Mapping) else None
+    return isinstance(args, Mapping) and "mode" in args and "model" in content
+
+
+def to_contents(path: str | Path, content: Mapping[str, Any]) -> Contents:
+    """What a file says. Raises CheckpointError naming it."""
+    where = str(path)
+    args = plain(where, content["args"])
+    mode = args["mode"]
+    if mode not in _MODES:
+        raise CheckpointError(f"{where}: has the mode {str(mode)[:40]!r}; this toolkit has {' and '.join(_MODES)}")
+    config, remarks = to_config(where, mode, args)
+    foreign = weights_of(where, content["model"])
+    num_symbols = len(foreign.get("w2v_encoder.proj.weight", ()))
+    table = original_names(config.model)
+    shapes = needed_shapes(config, num_symbols)
+    weights = table.to_native(where, foreign, shapes)
+    check_complete(where, weights, config, num_symbols)
+    averaged = content.get("ema_model")
+    optimizer, told = None, []
+    state = content.get("optimizer")
+    if isinstance(state, Mapping) and state.get("state"):
+        moments, steps = _moments(where, state, foreign, stacked=args.get("mha") != "fairseq")
+        optimizer, told = adam_state.to_native(where, moments, steps, table, list(weights))
+    progress = plain(where, content.get("train_state") or {})
+    best = progress.get("best_val_wer" if mode == "finetune" else "best_val_loss")
+    return Contents(
+        source="nvidia",
+        config=config,
+        weights=weights,
+        labels=_labels(where, content.get("output_labels"), num_symbols),
+        averaged=table.to_native(where, weights_of(where, averaged), shapes) if averaged else None,
+        optimizer=optimizer,
+        scaler=fresh_scaler(state.get("loss_scale")) if optimizer and isinstance(state, Mapping) else None,
+        loader={"epoch": progress["epoch"], "position": 0} if isinstance(progress.get("epoch"), int) else None,
+        step=progress.get("step"),
+        best=best if isinstance(best, (int, float)) and best != float("inf") else None,
+        remarks=(*remarks, *told),
+    )
+
+
+def to_content(contents: Contents) -> dict[str, Any]:
+    """A checkpoint in NVIDIA's layout, as plain data. Raises CheckpointError for what its models do not have."""
+    config = contents.config
+    refuse_projection("nvidia", contents)
+    table = original_names(config.model)
+    weights = table.to_foreign(contents.weights)
+    order = original_order(weights)
+    content: dict[str, Any] = {
+        "args": _args(config),
+        "model": {name: weights[name] for name in order},
+        "ema_model": table.to_foreign({**contents.weights, **contents.averaged}) if contents.averaged else None,
+        "optimizer": None,
+        "scaler": {},
+        "train_state": {
+            "step": contents.step or 0,
+            "epoch": contents.epoch or 1,
+            "best_val_loss": _best(contents, "pretrain"),
+            "best_val_wer": _best(contents, "finetune"),
+            "optimizer_type": None,
+            "scaler_type": None,
+        },
+    }
+    if contents.optimizer:
+        content["optimizer"] = _optimizer(contents, order, table)
+        content["train_state"]["optimizer_type"] = "FusedAdamV2"
+    if config.mode == "finetune":
+        if contents.labels is None:
+            raise CheckpointError(
+                "--to nvidia: its fine-tuned files hold the symbols of the output layer, which this one lacks; "
+                "name their file with --dictionary"
+            )
+        lines = [f"{symbol} {len(contents.labels) - i}\n" for i, symbol in enumerate(contents.labels)]
+        content["output_labels"] = "".join(lines[len(SPECIAL_SYMBOLS) :])
+    return content
+
+
+def write(path: Path, contents: Contents) -> None:
+    """Write a file in NVIDIA's layout."""
+    torch_file.write(path, to_content(contents))
+
+
+def _moments(
+    where: str, state: Mapping[str, Any], foreign: Mapping[str, Tensor], *, stacked: bool
+) -> tuple[adam_state.Moments, dict[str, int]]:
+    """Moments by original name; with mha='pyt' the optimizer sees q, k and v as one parameter."""
+    order = original_order(foreign)
+    if not stacked:
+        return adam_state.read(where, state, [(name, foreign[name].shape) for name in order])
+    shapes = _stacked_order(order, {name: tensor.shape for name, tensor in foreign.items()})
+    moments, steps = adam_state.read(where, state, shapes)
+    apart: adam_state.Moments = {moment: {} for moment in moments}
+    counts: dict[str, int] = {}
+    for moment, values in moments.items():
+        for name, value in values.items():
+            names = [name.replace(".qkv.", f".{letter}_proj.") for letter in "qkv"] if ".qkv." in name else [name]
+            apart[moment] |= dict(zip(names, value.chunk(len(names)), strict=True))
+            counts |= dict.fromkeys(names, steps[name])
+    return apart, counts
+
+
+def _stacked_order(order: Sequence[str], shapes: Mapping[str, torch.Size]) -> list[tuple[str, torch.Size]]:
+    """The parameters of mha='pyt': one stacked matrix where the first of q, k and v would stand."""
+    found: dict[str, torch.Size] = {}
+    for name in order:
+        match = re.search(r"self_attn\.[qkv]_proj\.(weight|bias)", name)
+        if match is None:
+            found[name] = shapes[name]
+            continue
+        start = name[: match.start()]
+        for kind in ("weight", "bias"):
+            shape = shapes[f"{start}self_attn.q_proj.{kind}"]
+            found.setdefault(f"{start}self_attn.qkv.{kind}", torch.Size([3 * shape[0], *shape[1:]]))
+    return list(found.items())
+
+
+def _optimizer(contents: Contents, order: Sequence[str], table: Any) -> dict[str, Any]:
+    """The layout of the fused Adam of the full-precision path, q, k and v apart (mha='fairseq')."""
+    optim = contents.config.optim
+    entries = adam_state.write(contents.optimizer or {}, table, order)
+    steps = [entry.pop("step") for entry in entries.values()]
+    group = {
+        "lr": optim.lr,
+        "bias_correction": True,
+        "betas": list(optim.adam_betas),
+        "eps": optim.adam_eps,
+        "weight_decay": optim.weight_decay,
+        "step": max(steps, default=0),
+        "params": list(range(len(order))),
+    }
+    return {"state": entries, "param_groups": [group]}
+
+
+def _labels(where: str, text: Any, num_symbols: int) -> tuple[str, ...] | None:
+    """The symbols in the text of a label file (`symbol count` per line), the special ones first."""
+    if not num_symbols or not isinstance(text, str):
+        return None
+    symbols = (*SPECIAL_SYMBOLS, *(line.rsplit(" ", 1)[0] for line in text.splitlines() if line.strip()))
+    if len(symbols) != num_symbols:
+        raise CheckpointError(
+            f"{where}: names {len(symbols)} symbols, its output layer has {num_symbols} rows; use another file"
+        )
+    return symbols
+
+
+def _best(contents: Contents, mode: str) -> float:
+    return contents.best if contents.best is not None and contents.config.mode == mode else float("inf")
+
+
+def _args(config: Config) -> dict[str, Any]:
+    """All options that NVIDIA's programs look for in a file."""
+    precision, data, optim = config.precision, config.data, config.optim
+    args = {
+        **_FIXED_ARGS,
+        **from_config(config),
+        "mode": config.mode,
+        "sample_rate": config.model.sample_rate,
+        "apply_mask": config.mode == "finetune" and (config.mask.mask_prob > 0 or config.mask.mask_channel_prob > 0),
+        "fp16": precision.fp16,
+        "bf16": precision.bf16,
+        "amp": precision.amp,
+        "max_tokens": data.max_tokens,
+        "max_tokens_valid": data.max_tokens_valid or data.max_tokens,
+        "num_concat_batches": data.num_concat_batches,
+        "update_freq": data.update_freq,
+        "required_batch_size_multiple": data.required_batch_size_multiple,
+        "enable_padding": data.enable_padding,
+        "max_sample_size": data.max_sample_size or None,
+        "min_sample_size": data.min_sample_size or None,
+        "seed": config.run.seed,
+        "ema": optim.ema,
+        "lr_policy": optim.lr_policy,
+        "hold_updates": optim.hold_updates or 0,
+        "initial_lr_scale": optim.initial_lr_scale or 0.0,
+        "final_lr_scale": optim.final_lr_scale or 0.0,
+        "lr_poly_power": 1.0 if optim.lr_poly_power is None else optim.lr_poly_power,
+        "lr_exp_decay": optim.lr_exp_decay,
+    }
+    args.pop("feature_projection")
+    return args
+
+
+_FIXED_ARGS: dict[str, Any] = {
+    "activation_fn": "gelu",
+    "quantize_input": False,
+    "target_glu": False,
+    "quantizer_depth": 1,
+    "quantizer_factor": 3,
+    "infonce": True,
+    "log_keys": ["prob_perplexity", "code_perplexity", "temp"],
+    "use_spectrogram_features": False,
+    "rotary_embeddings": False,
+    "spectrogram_feature_stacking": 1,
+    "spectrogram_feature_subsampling": 1,
+    "spectrogram_window_size": 0.02,
+    "spectrogram_window_stride": 0.01,
+    "spectrogram_n_filt": 80,
+    "mha": "fairseq",
+    "required_seq_len_multiple": 2,
+    "require_same_masks": True,
+    "mask_dropout": 0.0,
+    "mask_channel_before": False,
+    "fp32_transformer_layernorm": False,
+    "fp32_mha_softmax": False,
+    "fp32_cosine_sim": False,
+    "fp32_pos_conv": False,
+    "fp32_conv_norms": False,
+    "bf16_disable_loss_scaler": False,
+    "min_loss_scale": 0.0001,
+    "fp16_init_scale": 128,
+    "optimizer": "adam",
+    "batch_size": None,
+    "batch_size_valid": None,
+    "num_batch_buckets": 0,
+    "num_workers": 6,
+    "skip_invalid_size_inputs_valid_test": True,
+    "train_subset": "train",
+    "valid_subset": "valid",
+    "labels": "ltr",
+    "data": "data",
+    "w2v_path": "",
+    "output_dir": "results",
+    "log_file": None,
+    "log_frequency": 1,
+    "epochs_this_job": 0,
+    "benchmark_epochs_num": 3,
+    "save_frequency": 1,
+    "keep_milestones": [100, 200, 300, 400],
+    "no_save": False,
+    "resume": True,
+    "ckpt": None,
+    "cpu": False,
+    "cudnn_benchmark": False,
+    "local_rank": 0,
+    "world_size": 1,
+}
