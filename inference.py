@@ -88,6 +88,7 @@ def open_recognizer(config: InferenceConfig, device: torch.device) -> Recognizer
         precision=PrecisionConfig(fp16=config.fp16, bf16=config.bf16),
         use_ema=config.ema,
         reference_padding=config.reference_padding,
+        dictionary=config.dictionary,
     )
 
 

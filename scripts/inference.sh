@@ -14,6 +14,7 @@ set_processes "$python" 1
 OUTPUT_DIR=${OUTPUT_DIR//@LAYOUT@/${BATCH_SIZE}_$(precision)}
 
 add w2v_path FINETUNED_MODEL
+add dictionary DICTIONARY
 add output_dir OUTPUT_DIR
 add device DEVICE
 add num_workers NUM_WORKERS

@@ -41,6 +41,7 @@ add output_dir OUTPUT_DIR
 add device DEVICE
 add seed SEED
 add_switch resume RESUME
+add resume_from RESUME_FROM
 add_switch_off save SAVE
 # train.py refuses what has no effect
 if [ -z "${SAVE:-}" ] || is_true SAVE; then
@@ -112,27 +113,31 @@ case "${MASK_CHANNEL_PROB:-0}" in
 esac
 
 if [ "$mode" = pretrain ]; then
-    add extractor_mode EXTRACTOR_MODE
-    add conv_feature_layers CONV_FEATURE_LAYERS
-    add_switch conv_bias CONV_BIAS
-    add_switch normalize NORMALIZE
-    add_switch layer_norm_first LAYER_NORM_FIRST
-    add hourglass_transformer HOURGLASS_CONFIG
-    # the Hourglass counts its own layers, and resampling needs one
-    if [ -n "${HOURGLASS_CONFIG:-}" ]; then
-        add hourglass_resample HOURGLASS_RESAMPLE
-    else
-        add encoder_layers ENCODER_LAYERS
+    add init_from INIT_FROM
+    # a model that is there already says its own architecture
+    if [ -z "${INIT_FROM:-}${RESUME_FROM:-}" ]; then
+        add extractor_mode EXTRACTOR_MODE
+        add conv_feature_layers CONV_FEATURE_LAYERS
+        add_switch conv_bias CONV_BIAS
+        add_switch normalize NORMALIZE
+        add_switch layer_norm_first LAYER_NORM_FIRST
+        add hourglass_transformer HOURGLASS_CONFIG
+        # the Hourglass counts its own layers, and resampling needs one
+        if [ -n "${HOURGLASS_CONFIG:-}" ]; then
+            add hourglass_resample HOURGLASS_RESAMPLE
+        else
+            add encoder_layers ENCODER_LAYERS
+        fi
+        add encoder_embed_dim ENCODER_EMBED_DIM
+        add encoder_ffn_embed_dim ENCODER_FFN_EMBED_DIM
+        add encoder_attention_heads ENCODER_ATTENTION_HEADS
+        add conv_pos CONV_POS
+        add conv_pos_groups CONV_POS_GROUPS
+        add final_dim FINAL_DIM
+        add latent_vars LATENT_VARS
+        add latent_groups LATENT_GROUPS
+        add latent_dim LATENT_DIM
     fi
-    add encoder_embed_dim ENCODER_EMBED_DIM
-    add encoder_ffn_embed_dim ENCODER_FFN_EMBED_DIM
-    add encoder_attention_heads ENCODER_ATTENTION_HEADS
-    add conv_pos CONV_POS
-    add conv_pos_groups CONV_POS_GROUPS
-    add final_dim FINAL_DIM
-    add latent_vars LATENT_VARS
-    add latent_groups LATENT_GROUPS
-    add latent_dim LATENT_DIM
     add dropout_features DROPOUT_FEATURES
     add num_negatives NUM_NEGATIVES
     add cross_sample_negatives CROSS_SAMPLE_NEGATIVES

@@ -31,7 +31,7 @@ def parse_train(argv: Sequence[str]) -> Config:
     modes = parser.add_subparsers(dest="mode", required=True, metavar="{pretrain,finetune}")
     for mode, needed, help_text in (
         ("pretrain", "", "Learn speech representations from audio alone."),
-        ("finetune", " --w2v_path FILE", "Learn to transcribe, from a pre-trained checkpoint."),
+        ("finetune", " --w2v_path PATH", "Learn to transcribe, from a pre-trained checkpoint."),
     ):
         usage = f"train.py {mode} --data DIR --output_dir DIR{needed} [FLAG ...]"
         subparser = modes.add_parser(mode, usage=usage, help=help_text, description=help_text)
@@ -50,7 +50,7 @@ def parse_inference(argv: Sequence[str]) -> InferenceConfig:
     """The configuration of inference.py. Raises ConfigError; --help prints and ends the program."""
     parser = flags.Parser(
         prog="inference.py",
-        usage="inference.py --w2v_path FILE (--data DIR --valid_subset NAME | --transcribe_wav FILE | "
+        usage="inference.py --w2v_path PATH (--data DIR --valid_subset NAME | --transcribe_wav FILE | "
         "--transcribe_filelist FILE) [FLAG ...]",
         description="Transcribe speech and score transcripts with a fine-tuned model.",
     )

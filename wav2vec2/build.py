@@ -8,32 +8,31 @@ import logging
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from common import checkpoint, distributed, flags, rng
+from common import distributed, flags, rng
 from common.data.loader import TrainLoader, ValidLoader, train_loader, valid_loader
 from common.data.manifest import read_manifest
 from common.data.masking import SpanMasking
 from common.ema import Ema
-from common.errors import CheckpointError, ConfigError
+from common.errors import ConfigError
 from common.labels import Dictionary
 from common.logger import RunLogger
 from common.optim import parameter_groups
 from common.precision import LossScaler, MixedPrecisionOptimizer, to_half
 from common.schedules import make_schedule
-from wav2vec2.config import Config, ModelConfig
+from wav2vec2.config import Config
 from wav2vec2.logging import METRICS
 from wav2vec2.model import Wav2Vec2Ctc, Wav2Vec2Model, num_frames
 from wav2vec2.norms import ChannelNorm, LayerNorm
 from wav2vec2.run import Run
+from wav2vec2.start import find_start
 from wav2vec2.task import FinetuneTask, PretrainTask
 
 log = logging.getLogger(__name__)
@@ -46,11 +45,10 @@ def build_run(config: Config, device: torch.device, command: list[str]) -> Run:
     torch.backends.cuda.matmul.allow_tf32 = config.precision.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.precision.allow_tf32
     _check_writable(Path(config.run.output_dir))
-    resumed = _find_checkpoint(config)
-    config, dictionary, weights = _start_from(config, resumed)
+    start = find_start(config)
+    config, dictionary = start.config, start.dictionary
     model = build_model(config, dictionary)
-    if weights:
-        load_weights(model, weights, resumed[0] if resumed else config.ctc.w2v_path, fresh="" if resumed else "proj.")
+    start.fill(model)
     _freeze_idle(model, config)
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     o2 = config.precision.name in HALF and not config.precision.amp
@@ -82,9 +80,9 @@ def build_run(config: Config, device: torch.device, command: list[str]) -> Run:
         ),
         frozen_weights=frozen,
     )
-    if resumed:
-        run.load_state_dict(resumed[1], resumed[0])
-        log.info("resumed %s: update %d, epoch %d", resumed[0], run.progress.step, run.train_loader.epoch)
+    if start.state and start.path:
+        run.load_state_dict(start.state, start.path)
+        log.info("resumed %s: update %d, epoch %d", start.path, run.progress.step, run.train_loader.epoch)
         if run.finished:
             log.info("the run is finished already; raise --max_update to train longer")
     _describe(run, command)
@@ -133,87 +131,6 @@ def _check_writable(folder: Path) -> None:
         raise ConfigError(
             f"--output_dir {folder}: cannot be written ({error.strerror}); choose another folder"
         ) from None
-
-
-def _find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to go on from, the same on all ranks; without --resume a folder that holds one is refused."""
-    folder = Path(config.run.output_dir)
-    if config.run.resume:
-        newest = checkpoint.load_newest(folder) if distributed.is_main() else None
-        name = distributed.broadcast_object(newest[0].name if newest else None)
-        if name is None or newest:
-            return newest
-        if not (folder / name).exists():
-            raise ConfigError(
-                f"--output_dir {folder}: process {distributed.rank()} does not see {name}; "
-                "all machines need one shared folder"
-            )
-        return folder / name, checkpoint.load(folder / name)
-    paths = checkpoint.update_paths(folder)
-    if paths and config.run.save:
-        raise ConfigError(
-            f"--output_dir {folder}: holds {paths[0].name} of an earlier run; "
-            "add --resume to go on from it, or choose another folder"
-        )
-    return None
-
-
-def _start_from(
-    config: Config, resumed: tuple[Path, dict[str, Any]] | None
-) -> tuple[Config, Dictionary | None, Mapping[str, Tensor]]:
-    """The configuration with the architecture that counts, the dictionary, and the weights that are not fresh."""
-    if resumed:
-        path, state = resumed
-        if state["mode"] != config.mode:
-            raise CheckpointError(f"{path}: is of {state['mode']}; choose another --output_dir for {config.mode}")
-        saved = saved_config(state, path)
-        if config.mode == "pretrain" and saved.model != config.model:
-            raise CheckpointError(
-                f"{path}: has another architecture ({_differences(saved.model, config.model)}); "
-                "resume with its values, or choose another --output_dir"
-            )
-        config = replace(config, model=saved.model)
-        changed = _differences(saved, config)
-        if changed:
-            log.warning("options differ from those of %s: %s", path, changed)
-        dictionary = Dictionary.from_symbols(state["labels"]) if state.get("labels") else None
-        return config, dictionary, state["model"]
-    if config.mode == "pretrain":
-        return config, None, {}
-    dictionary = Dictionary.read(Path(config.data.data) / f"dict.{config.data.labels}.txt")
-    model_config, weights = load_pretrained(config.ctc.w2v_path)
-    return replace(config, model=model_config), dictionary, weights
-
-
-def load_pretrained(path: str) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Architecture and trunk weights (under the names of Wav2Vec2Ctc) of a pre-trained checkpoint."""
-    state = checkpoint.load(path)
-    if state["mode"] != "pretrain":
-        raise CheckpointError(f"{path}: is a fine-tuned model; --w2v_path takes a pre-trained one")
-    weights = {**state["model"], **(state.get("ema") or {})}
-    heads = ("quantizer.", "project_q.", "final_proj.")
-    trunk = {f"w2v.{name}": value for name, value in weights.items() if not name.startswith(heads)}
-    return saved_config(state, path).model, trunk
-
-
-def saved_config(state: Mapping[str, Any], path: str | Path) -> Config:
-    """The configuration in a checkpoint. Raises CheckpointError naming the file."""
-    try:
-        return flags.from_dict(Config, state["config"])
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: cannot be used: {error}") from error
-
-
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str | Path, *, fresh: str = "") -> None:
-    """Put weights into a model; those of `fresh` (a prefix) keep their own. Raises CheckpointError naming the file."""
-    own = {name: value for name, value in model.state_dict().items() if fresh and name.startswith(fresh)}
-    try:
-        model.load_state_dict({**own, **weights})
-    except RuntimeError as error:  # torch lists all differences, one per line below the first
-        reasons = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
-        raise CheckpointError(
-            f"{path}: its weights do not fit its architecture ({reasons[0][:160]}); use another checkpoint"
-        ) from error
 
 
 def _freeze_idle(model: nn.Module, config: Config) -> None:
@@ -314,19 +231,6 @@ def _build_loaders(
         **shared,
     )
     return train, valid
-
-
-def _differences(old: Any, new: Any) -> str:
-    """'name old -> new' for every option that differs."""
-    before, after = ({**_flat(asdict(config)), "resume": None} for config in (old, new))
-    return ", ".join(f"{name} {before[name]} -> {after[name]}" for name in after if before.get(name) != after[name])
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= _flat(value) if isinstance(value, dict) else {name: value}
-    return found
 
 
 def _describe(run: Run, command: list[str]) -> None:

@@ -253,7 +253,9 @@ class ObjectiveConfig:
 class CtcConfig:
     """Fine-tuning: CTC on a pre-trained model."""
 
-    w2v_path: str = flag("", "pre-trained checkpoint to start from", modes=FINETUNE, required=True, metavar="FILE")
+    w2v_path: str = flag(
+        "", "pre-trained (or fine-tuned) checkpoint to start from, of any format", modes=FINETUNE, metavar="PATH"
+    )
     freeze_finetune_updates: int = flag(
         0, "updates at the start that train the output projection only", modes=FINETUNE, minimum=0
     )
@@ -378,6 +380,17 @@ class RunConfig:
     device: str = flag("auto", "where to train; auto takes CUDA when there is one", choices=("auto", "cuda", "cpu"))
     seed: int = flag(1, "random seed of weights, masks, negatives, crops and order", minimum=0)
     resume: bool = flag(False, "go on from the newest valid checkpoint of --output_dir")
+    resume_from: str = flag(
+        "",
+        "go on from this checkpoint, of any format, while --output_dir holds none: weights, optimizer and update",
+        metavar="PATH",
+    )
+    init_from: str = flag(
+        "",
+        "continue pre-training with the weights of this checkpoint, of any format; optimizer and schedule begin anew",
+        modes=PRETRAIN,
+        metavar="PATH",
+    )
     save: bool = flag(True, "write checkpoints")
     save_frequency: int = flag(1, "epochs between checkpoints", minimum=1)
     save_interval_updates: int = flag(0, "updates between checkpoints, besides; 0 is off", minimum=0)
@@ -434,7 +447,8 @@ TRAIN_SECTIONS = {
 class InferenceConfig:
     """Transcribing and scoring with a fine-tuned model."""
 
-    w2v_path: str = flag("", "fine-tuned checkpoint", required=True, metavar="FILE")
+    w2v_path: str = flag("", "fine-tuned checkpoint, of any format", required=True, metavar="PATH")
+    dictionary: str = flag("", "dictionary of a checkpoint that has none, as fairseq's (dict.ltr.txt)", metavar="FILE")
     data: str = flag("", "folder with the file list and labels of --valid_subset", metavar="DIR")
     valid_subset: str = flag("", "base name of the file list to score")
     labels: str = flag("ltr", "extension of the label file")

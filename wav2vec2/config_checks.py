@@ -3,12 +3,15 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from pathlib import Path
 
 from common.errors import ConfigError
 from common.schedules import make_schedule
-from wav2vec2.config import FP32_OPS, Config, InferenceConfig, PrecisionConfig
+from wav2vec2.config import FP32_OPS, Config, InferenceConfig, ModelConfig, PrecisionConfig
+
+_ARCHITECTURE = tuple(ModelConfig.__dataclass_fields__)
 
 
 def check_train_config(config: Config, explicit: Collection[str]) -> None:
@@ -86,13 +89,21 @@ def _check_paths(config: Config) -> None:
         raise ConfigError(
             f"--data {config.data.data}: no such folder; make file lists with scripts/generate_filelists.sh"
         )
-    if config.mode == "finetune" and not config.run.resume and not Path(config.ctc.w2v_path).is_file():
-        raise ConfigError(f"--w2v_path {config.ctc.w2v_path}: no such file; pre-train first (scripts/pretrain_base.sh)")
+    run, w2v_path = config.run, config.ctc.w2v_path
+    for name, path in (("w2v_path", w2v_path), ("init_from", run.init_from), ("resume_from", run.resume_from)):
+        if path and not run.resume and not _exists(path):
+            raise ConfigError(f"--{name} {path}: no such file or folder; check the path, or pre-train first")
+    if config.mode == "finetune" and not (w2v_path or run.resume or run.resume_from):
+        raise ConfigError("--w2v_path: is missing; name the checkpoint to fine-tune")
+    if run.init_from and run.resume_from:
+        raise ConfigError("--init_from --resume_from: only one of them can be used; drop one")
 
 
 def _check_effects(config: Config, explicit: Collection[str]) -> None:
     mask, save = config.mask, (config.run.save, "without --no_save")
+    fresh = not (config.run.init_from or config.run.resume_from)
     needs = [
+        *((name, fresh, "without --init_from and --resume_from, whose file says it") for name in _ARCHITECTURE),
         ("encoder_layers", not config.model.hourglass_transformer, "without --hourglass_transformer"),
         ("hourglass_resample", bool(config.model.hourglass_transformer), "with --hourglass_transformer"),
         *((name, *save) for name in ("save_frequency", "save_interval_updates", "keep_milestones")),
@@ -126,10 +137,13 @@ def check_inference_config(config: InferenceConfig, explicit: Collection[str]) -
             f"{' '.join(given) or '--valid_subset'}: give exactly one of --valid_subset (to score it), "
             "--transcribe_wav and --transcribe_filelist"
         )
-    for name, remedy in (("w2v_path", "fine-tune a model first"), ("transcribe_wav", "check the path")):
+    remedies = {"transcribe_wav": "check the path", "dictionary": "fairseq's is dict.ltr.txt"}
+    for name, remedy in remedies.items():
         path = getattr(config, name)
         if path and not _is_file(path):
             raise ConfigError(f"--{name} {path}: no such file; {remedy}")
+    if not _exists(config.w2v_path):
+        raise ConfigError(f"--w2v_path {config.w2v_path}: no such file; fine-tune a model first")
     if config.save_logits and config.save_logits == config.save_predictions:
         raise ConfigError(f"--save_logits {config.save_logits}: is the file of --save_predictions; name another one")
     if config.valid_subset and not Path(config.data).is_dir():
@@ -137,6 +151,11 @@ def check_inference_config(config: InferenceConfig, explicit: Collection[str]) -
     for name in ("data", "labels"):
         if name in explicit and not config.valid_subset:
             raise ConfigError(f"--{name}: has an effect only with --valid_subset; drop it")
+
+
+def _exists(path: str) -> bool:
+    """Whether there is such a file or folder."""
+    return _is_file(path) or os.path.isdir(path)  # noqa: PTH112 - Path.is_dir() raises for names that are too long
 
 
 def _is_file(path: str) -> bool:

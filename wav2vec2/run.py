@@ -200,11 +200,15 @@ class Run:
             raise CheckpointError(
                 f"{path}: cannot be resumed, it has no {', '.join(missing)}; start a new run in another --output_dir"
             )
-        self.optimizer.load_state_dict(state["optimizer"])
+        moments = state["optimizer"]
+        if state["origin"]:  # other programs keep moments of weights that do not train here, too
+            moments = {name: moments[name] for name in self.optimizer.master_weights() if name in moments}
+        self.optimizer.load_state_dict(moments)
         if self.optimizer.scaler and state["scaler"]:
             self.optimizer.scaler.load_state_dict(state["scaler"])
         self.ema.load_state_dict(state["ema"])
-        self.train_loader.load_state_dict(state["loader"])
+        if state["loader"]:
+            self.train_loader.load_state_dict(state["loader"])
         self.progress = Progress(**state["progress"])
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from common import checkpoint, distributed
+from common import distributed
 from common.data.audio import normalize, read_audio
 from common.data.collate import Batch, Collator
 from common.data.dataset import Sample
@@ -27,10 +27,13 @@ from common.errors import CheckpointError, ConfigError, DataError
 from common.labels import Dictionary, words
 from common.precision import to_half
 from wav2vec2 import decoding
-from wav2vec2.build import HALF, build_model, fp32_modules, load_weights, saved_config
+from wav2vec2.build import HALF, build_model, fp32_modules
 from wav2vec2.config import ModelConfig, PrecisionConfig
+from wav2vec2.convert.contents import MASK_EMBEDDING
+from wav2vec2.convert.load_any import load_any, with_dictionary
 from wav2vec2.model import Wav2Vec2Ctc
 from wav2vec2.norms import at_least_fp32
+from wav2vec2.start import load_weights
 from wav2vec2.task import FinetuneTask
 
 log = logging.getLogger(__name__)
@@ -62,26 +65,40 @@ class Recognizer:
 
 
 def load_recognizer(
-    path: str, *, device: torch.device, precision: PrecisionConfig, use_ema: bool, reference_padding: bool
+    path: str,
+    *,
+    device: torch.device,
+    precision: PrecisionConfig,
+    use_ema: bool,
+    reference_padding: bool,
+    dictionary: str = "",
 ) -> Recognizer:
-    """The model of a fine-tuned checkpoint, ready to run; CheckpointError for any other file.
+    """The model of a fine-tuned checkpoint of any format, ready to run; CheckpointError for any other file.
 
     Half precision is that of training: the operations that stay in fp32 by default do so here as well.
+    `dictionary`: the symbols, for files that have none. Raises DataError if they do not fit.
     """
-    state = checkpoint.load(path)
-    if state["mode"] != "finetune" or not state.get("labels"):
+    contents = load_any(path)
+    if contents.config.mode != "finetune":
         raise CheckpointError(
             f"{path}: is a pre-trained model, which has no output symbols; fine-tune it first (train.py finetune)"
         )
+    if dictionary:
+        contents = with_dictionary(contents, path, dictionary)
+    if contents.labels is None:
+        raise CheckpointError(
+            f"{path}: does not tell the symbols of its output layer; name its dictionary with --dictionary "
+            "(fairseq's is dict.ltr.txt)"
+        )
+    config = replace(contents.config, precision=precision)
     try:
-        config = replace(saved_config(state, path), mode=state["mode"], precision=precision)
-        dictionary = Dictionary.from_symbols(state["labels"])
-        model = build_model(config, dictionary)
-    except (ConfigError, DataError) as error:
+        symbols = Dictionary.from_symbols(contents.labels)
+    except DataError as error:
         raise CheckpointError(f"{path}: cannot be used: {error}") from error
+    model = build_model(config, symbols)
     assert isinstance(model, Wav2Vec2Ctc), "fine-tuning gives a CTC model"  # noqa: S101
-    averaged = (state.get("ema") or {}) if use_ema else {}
-    load_weights(model, {**state["model"], **averaged}, path)
+    weights = contents.inference_weights() if use_ema else contents.weights
+    load_weights(model, {**_masks_unused(model), **weights}, path)
     if precision.name in HALF:
         to_half(model, HALF[precision.name], fp32_modules(model, precision.kept_in_fp32()))
     task = FinetuneTask(model.requires_grad_(False), seed=0, reference_padding=reference_padding)
@@ -89,12 +106,17 @@ def load_recognizer(
         "%s: %.2f M parameters%s, %d symbols, %s, %s",
         path,
         sum(parameter.numel() for parameter in model.parameters()) / 1e6,
-        ", averaged weights" if averaged else "",
-        len(dictionary),
+        ", averaged weights" if use_ema and contents.averaged else "",
+        len(symbols),
         device,
         precision.name,
     )
-    return Recognizer(task.to(device).eval(), dictionary, config.model)
+    return Recognizer(task.to(device).eval(), symbols, config.model)
+
+
+def _masks_unused(model: Wav2Vec2Ctc) -> dict[str, Tensor]:
+    """The mask embedding, which some files leave out and inference has no use for."""
+    return {f"w2v.{MASK_EMBEDDING}": model.w2v.mask_emb.detach()}
 
 
 # ---- What is transcribed --------------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ class TrainLoader:
         self.close()
         self.epoch, self.position = state["epoch"], state["position"]
         changed = {key: value for key, value in self._fingerprint().items() if state.get(key) != value}
-        if changed:
+        if changed and self.position:
             log.warning(
                 "the data or its batches are not those of the checkpoint (now %s): epoch %d starts again",
                 ", ".join(f"{key} {value}, was {state.get(key)}" for key, value in changed.items()),

@@ -19,7 +19,7 @@ LEAVES = ("errors", "entry", "flags", "rng", "schedules", "distributed", "labels
 SERVICES = ("metrics", "logger", "checkpoint", "precision", "optim", "ema", "data")
 ASSEMBLY = (
     *("arg_parser", "build", "config_checks", "decoding", "evaluate"),
-    *("latency", "logging", "run", "transcribe"),
+    *("latency", "logging", "run", "start", "transcribe", "convert"),
 )
 LAYERS = [  # from the bottom; an import points down or sideways
     {f"common.{name}" for name in LEAVES},
@@ -81,7 +81,7 @@ def test_top_level_has_its_fixed_shape():
 
 
 def test_every_module_has_its_layer():
-    packages = {"common", "wav2vec2", "utils", "benchmarks"}
+    packages = {"common", "wav2vec2", "utils", "benchmarks", "wav2vec2.convert"}
     assert [path for path in sources() if layer(module_name(path)) is None and module_name(path) not in packages] == []
 
 

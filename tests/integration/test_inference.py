@@ -338,7 +338,7 @@ def test_files_that_are_no_fine_tuned_model_end_with_status_1(folder, tmp_path, 
     torch.save({"model": {}, "cfg": {}}, tmp_path / "foreign.pt")
     for name, reason in {
         "pretrained": "fine-tune it first",
-        "other": "weights do not fit",
+        "other": "not those of its architecture",
         "labels": "labels",
         "config": "modle",
         "short": "truncated|damaged",

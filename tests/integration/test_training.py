@@ -304,9 +304,3 @@ def test_a_symbol_outside_the_dictionary_is_named(data, pretrained, tmp_path):
     (tmp_path / "data/train.ltr").write_text("\n".join(lines) + "\n")
     with pytest.raises(DataError, match=r"train\.ltr:3.*Q"):
         finetune(tmp_path / "data", tmp_path / "out", pretrained)
-
-
-def test_a_fine_tuned_checkpoint_is_no_start_for_fine_tuning(data, pretrained, tmp_path):
-    finetune(data, tmp_path / "a", pretrained, updates=1)
-    with pytest.raises(CheckpointError, match="--w2v_path"):
-        finetune(data, tmp_path / "b", checkpoint.update_path(tmp_path / "a", 1))

@@ -55,7 +55,6 @@ class Contents:
             "mask embedding": not any(name.endswith(MASK_EMBEDDING) for name in self.weights),
             "symbols of the output layer": self.config.mode == "finetune" and self.labels is None,
             "optimizer state": self.optimizer is None,
-            "averaged weights": self.averaged is None,
             "position in the data": self.loader is None,
             "training step": self.step is None,
         }

@@ -25,7 +25,7 @@ def load_any(path: str | Path) -> Contents:
     path = Path(path)
     folder = huggingface.folder_of(path)
     if folder:
-        return huggingface.to_contents(folder)
+        return replace(huggingface.to_contents(folder), origin=f"huggingface: {folder.name}")
     if path.is_dir():
         raise CheckpointError(f"{path}: is a folder without config.json; name a checkpoint file in it")
     content = torch_file.read(path, stand_in)
@@ -33,7 +33,8 @@ def load_any(path: str | Path) -> Contents:
         return native.to_contents(path, checkpoint.recognised(path, content))
     for program in (nvidia, fairseq):
         if program.recognises(content):
-            return program.to_contents(path, content)
+            contents = program.to_contents(path, content)
+            return replace(contents, origin=f"{contents.source}: {path.name}")
     found = f"the entries {', '.join(map(str, list(content)[:5]))}" if isinstance(content, Mapping) else "no table"
     raise CheckpointError(
         f"{path}: is a torch file, but not a checkpoint of {', '.join(FORMATS)} ({found[:120]}); use another file"

@@ -52,7 +52,9 @@ class NameTable:
         Raises CheckpointError that lists the keys without a place, and stacks of which a part is missing.
         """
         left = {_one_spelling(name): tensor for name, tensor in found.items()}
-        weights, broken = {}, []
+        weights = {}
+        twice = [name for name in found if _one_spelling(name) != name and _one_spelling(name) in found]
+        broken = [f"{name} is there in another spelling too" for name in twice]
         for name in native_names:
             names = self.foreign(name)
             parts = [left.pop(part) for part in names if part in left]
@@ -83,6 +85,28 @@ def original_names(model: ModelConfig) -> NameTable:
             (r"encoder\.(down|up)sample\.", r"encoder.\1sample_layer."),
             (r"^w2v\.", "w2v_encoder.w2v_model."),
             (r"^proj\.", "w2v_encoder.proj."),
+        )
+    )
+
+
+def huggingface_names() -> NameTable:
+    """The names of transformers: Wav2Vec2ForPreTraining, Wav2Vec2ForCTC, and the trunk inside them."""
+    return NameTable(
+        (
+            (r"^(w2v\.|(?=feature_extractor|layer_norm|post_extract_proj|mask_emb|encoder))", "wav2vec2."),
+            (r"feature_extractor\.blocks\.(\d+)\.norm\.", r"feature_extractor.conv_layers.\1.layer_norm."),
+            (r"feature_extractor\.blocks\.", "feature_extractor.conv_layers."),
+            (r"^wav2vec2\.layer_norm\.", "wav2vec2.feature_projection.layer_norm."),
+            (r"\.post_extract_proj\.", ".feature_projection.projection."),
+            (r"\.mask_emb$", ".masked_spec_embed"),
+            (r"\.encoder\.pos_conv\.", ".encoder.pos_conv_embed.conv."),
+            (r"\.self_attn_layer_norm\.", ".layer_norm."),
+            (r"\.self_attn\.", ".attention."),
+            (r"\.fc1\.", ".feed_forward.intermediate_dense."),
+            (r"\.fc2\.", ".feed_forward.output_dense."),
+            (r"^quantizer\.vars$", "quantizer.codevectors"),
+            (r"^final_proj\.", "project_hid."),
+            (r"^proj\.", "lm_head."),
         )
     )
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from wav2vec2.convert.contents import Contents, check_complete
 
 def to_contents(path: str | Path, state: Mapping[str, Any]) -> Contents:
     """What a file of checkpoint.load() says. Raises CheckpointError naming the file."""
-    config = saved_config(state, path)
+    config = replace(saved_config(state, path), mode=state["mode"])
     weights = dict(state["model"])
     progress = state.get("progress") or {}
     labels = state.get("labels")
