@@ -7,6 +7,7 @@ import inspect
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from common.errors import ConfigError
 
@@ -113,6 +114,12 @@ def make_schedule(policy: str, **settings: float | None) -> Callable[[int], floa
     Raises:
         ConfigError: unknown policy, missing or foreign setting, or a value that makes no curve.
     """
+    complete = all_settings(policy, **settings)
+    return partial(POLICIES[policy], **complete)
+
+
+def all_settings(policy: str, **settings: float | None) -> dict[str, Any]:
+    """All settings of a policy, with its defaults for those that are not given (see make_schedule, and its errors)."""
     if policy not in POLICIES:
         raise ConfigError(f"--lr_policy {policy}: unknown policy; choose one of {', '.join(POLICIES)}")
     given = {name: value for name, value in settings.items() if value is not None}
@@ -120,7 +127,7 @@ def make_schedule(policy: str, **settings: float | None) -> Callable[[int], floa
     for name in given:
         if name not in parameters:
             raise ConfigError(f"{_flag(name)}: has no effect with --lr_policy {policy}; remove it")
-    resolved: dict[str, float | None] = {}
+    resolved: dict[str, Any] = {}
     for name, parameter in parameters.items():
         if name == "step":
             continue
@@ -128,7 +135,7 @@ def make_schedule(policy: str, **settings: float | None) -> Callable[[int], floa
             raise ConfigError(f"{_flag(name)}: --lr_policy {policy} needs a value; give one")
         resolved[name] = given.get(name, parameter.default)
     _check(policy, resolved)
-    return partial(POLICIES[policy], **resolved)
+    return resolved
 
 
 def _warmup(step: int, lr: float, warmup_updates: int, initial_lr_scale: float) -> float:

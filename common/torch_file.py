@@ -171,9 +171,12 @@ def _check_archive(path: Path, file: io.BufferedReader, size: int) -> None:
                     pass
 
 
-def _known_names(path: Path, pickles: list[bytes], stand_ins: StandIns | None) -> list[tuple[Any, str]]:
+def _known_names(
+    path: Path, pickles: list[bytes], stand_ins: StandIns | None
+) -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     """What torch's reader may put in place of the names that are not plain data, found without unpickling."""
-    known, refused = [], []
+    known: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = []
+    refused = []
     for name in sorted(_names(pickles)):
         if _is_plain(name):
             continue

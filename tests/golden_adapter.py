@@ -358,11 +358,16 @@ class Parts:
 def make_objective(
     handle: Handle, loss_weights: Sequence[float], negatives: Mapping[str, Any] | None = None
 ) -> ObjectiveConfig:
-    """The model's objective with other weights (none of the diversity without a quantizer) and kinds of negatives."""
+    """The model's objective with other weights and kinds of negatives.
+
+    A single weight counts for all terms: without a quantizer there is only the penalty.
+    """
     options = {"num_negatives" if name == "n_negatives" else name: value for name, value in (negatives or {}).items()}
     weights = tuple(loss_weights)
     if handle.trunk.quantizer is None:
         weights = (0.0, *weights)
+    elif len(weights) == 1:
+        weights *= 2
     return replace(handle.contents.config.objective, loss_weights=weights, **options)
 
 

@@ -141,7 +141,7 @@ POLICIES = {
 def random_mask(kind: str, lengths: Sequence[int], settings: Mapping[str, Any], seed: int) -> Tensor:
     if kind != "span":
         raise NotImplementedError(f"masks of the kind {kind}")
-    renamed = {"mask_prob": "prob", "mask_length": "length", "mask_type": "selection"}
+    renamed = {"mask_prob": "prob", "mask_length": "length", "mask_type": "selection", "mask_other": "other"}
     options = {renamed.get(name, name): value for name, value in settings.items() if name != "frames"}
     rng = numpy_rng(seed, "mask")
     return torch.from_numpy(masking.span_mask(lengths, settings["frames"], masking.SpanMasking(**options), rng))
@@ -201,7 +201,7 @@ def length_order(s: Mapping[str, Any]) -> list[int]:
 
 
 def joined_batches(s: Mapping[str, Any]) -> list[list[list[int]]]:
-    """Consecutive batches by threes, say; in training without samples above the limit, which the toolkit refuses."""
+    """Neighbours joined; in training without the samples above the limit, for which the toolkit would refuse to run."""
     lengths = batching.clipped(s["sizes"], None if s["pad"] else s["max_sample_size"])
     order, limit = np.array(s["order"], int), s["max_tokens"]
     if s["training"]:
@@ -210,7 +210,7 @@ def joined_batches(s: Mapping[str, Any]) -> list[list[list[int]]]:
         limit = max(limit, int(lengths.max()))  # in validation such a sample is a batch of its own
     limits = limit, s["max_sentences"], s["required_batch_size_multiple"]
     offsets = batching.token_batches(lengths[order], *limits)
-    parts = [part.tolist() for part in np.split(order, offsets[1:-1])]
+    parts = [part.tolist() for part in np.split(order, offsets[1:-1]) if len(part)]
     number = s["num_concat_batches"] or 1
     return [parts[first : first + number] for first in range(0, len(parts), number)]
 

@@ -26,7 +26,7 @@ WRITERS: dict[str, Callable[[Path, Contents], None]] = {
     "native": native.write,
     "fairseq": fairseq.write,
     "nvidia": nvidia.write,
-    "huggingface": getattr(huggingface, "write", None),
+    "huggingface": huggingface.write,
 }
 
 

@@ -195,19 +195,20 @@ class Run:
 
     def load_state_dict(self, state: Mapping[str, Any], path: Path) -> None:
         """Go on where a checkpoint stands; its weights are in the model already."""
-        missing = [name for name in ("optimizer", "scaler", "ema", "loader", "progress") if name not in state]
+        missing = [name for name in ("optimizer", "progress") if state.get(name) is None]
         if missing:
             raise CheckpointError(
-                f"{path}: cannot be resumed, it has no {', '.join(missing)}; start a new run in another --output_dir"
+                f"{path}: cannot be resumed, it has no {' and no '.join(missing)}; start a new run from its weights, "
+                "with --init_from or --w2v_path and another --output_dir"
             )
         moments = state["optimizer"]
         if state["origin"]:  # other programs keep moments of weights that do not train here, too
             moments = {name: moments[name] for name in self.optimizer.master_weights() if name in moments}
         self.optimizer.load_state_dict(moments)
-        if self.optimizer.scaler and state["scaler"]:
+        if self.optimizer.scaler and state.get("scaler"):
             self.optimizer.scaler.load_state_dict(state["scaler"])
-        self.ema.load_state_dict(state["ema"])
-        if state["loader"]:
+        self.ema.load_state_dict(state.get("ema"))
+        if state.get("loader"):
             self.train_loader.load_state_dict(state["loader"])
         self.progress = Progress(**state["progress"])
 

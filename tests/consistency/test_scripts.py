@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from wav2vec2.arg_parser import parse_inference, parse_train
+from wav2vec2.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
@@ -128,20 +129,30 @@ def test_every_variable_of_the_launcher_sets_the_flag_beside_it(mode, command):
     variables = {"MAX_UPDATE": "7", "HOURGLASS_CONFIG": "", "UPDATE_FREQ": "", "BLANK_WEIGHT": "7", "SAVE": "true"}
     wanted = {}
     for kind, flag, variable in line.findall(shared + own):
-        if flag in ("hourglass_transformer", "hourglass_resample", "save"):
+        if flag in ("hourglass_transformer", "hourglass_resample", "save", "init_from", "resume_from"):
             continue
         value = {"": "7", "_list": "7 8", "_switch": "true", "_switch_off": "false"}[kind]
         variables.setdefault(variable, value)
         wanted[flag] = {"": ["7"], "_list": ["7", "8"], "_switch": [], "_switch_off": []}[kind]
         if kind == "_switch_off":
             wanted[f"no_{flag}"] = wanted.pop(flag)
-    for _, _, variable in line.findall(other):
-        variables.setdefault(variable, "true")
+    for _, flag, variable in line.findall(other):
+        if flag != "init_from":
+            variables.setdefault(variable, "true")
     wanted["update_freq"] = ["1"]
     words = command("train", mode, **{**variables, "DEVICE": "7"})
     _, flags = program_and_flags(words)
     groups = " ".join(flags[1:]).split("--")[1:]
     assert {group.split()[0]: group.split()[1:] for group in groups} == wanted
+
+
+@pytest.mark.parametrize("variable", ["INIT_FROM", "RESUME_FROM"])
+@pytest.mark.parametrize("preset", ["pretrain_base", "pretrain_large", "pretrain_tiny"])
+def test_a_model_that_is_there_says_its_own_architecture(preset, variable, config, tmp_path):
+    (tmp_path / "theirs.pt").touch()
+    found = config(preset, **{variable: str(tmp_path / "theirs.pt")})
+    assert found.model == ModelConfig()
+    assert getattr(found.run, variable.lower()) == str(tmp_path / "theirs.pt")
 
 
 TABLE: dict[str, dict[str, object]] = {

@@ -24,7 +24,7 @@ WRITERS = {
     "native": native.write,
     "fairseq": fairseq.write,
     "nvidia": nvidia.write,
-    "huggingface": getattr(huggingface, "write", None),
+    "huggingface": huggingface.write,
 }
 QUICK = ["--num_workers", "0", "--device", "cpu", "--lr", "0"]  # a rate of 0 shows the weights a run started with
 PRETRAIN = ["--max_tokens", "40000", "--num_negatives", "10", "--mask_length", "3"]

@@ -1,276 +1,164 @@
-"""The model and the pre-training loss against numbers of the original implementation."""
+"""The toolkit against a slow second implementation, and against its stored numbers (tests/golden_cases.py)."""
 
 from __future__ import annotations
 
 import json
-import re
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from original_weights import RENAMED, load
-from torch import Tensor
+from golden_adapter import make_batch
+from golden_cases import (
+    CASES,
+    LABELS,
+    LENGTHS,
+    MASKED,
+    STORED,
+    SYMBOLS,
+    TEMPERATURE,
+    Case,
+    audio,
+    codes,
+    digest,
+    hidden_channels,
+    mask,
+    negatives,
+    noise,
+    slow_ctc,
+    slow_numbers,
+    weights,
+)
+from tiny_model import NO_DROPOUT
+from torch.nn.utils.rnn import pad_sequence
 
-from common.data.collate import Batch, SubBatch
-from common.precision import MixedPrecisionOptimizer
-from common.schedules import make_schedule
-from wav2vec2.config import ObjectiveConfig
-from wav2vec2.criterion import Negatives, ctc_losses
-from wav2vec2.norms import valid_positions
-from wav2vec2.task import PretrainTask
+from wav2vec2.convert.contents import PRETRAINING_HEADS
+from wav2vec2.criterion import Negatives
+from wav2vec2.model import Wav2Vec2Ctc, Wav2Vec2Model
+from wav2vec2.task import FinetuneTask, PretrainTask
 
-MODELS = [
-    ("golden", "base_tiny"),
-    ("golden", "large_tiny"),
-    ("golden_nvidia", "plain_tiny"),
-    ("golden_nvidia", "hourglass_tiny"),
-    ("golden_nvidia", "hourglass_linear_tiny"),
-]
-
-
-def settings(folder: Path, name: str) -> dict[str, Any]:
-    case = json.loads((folder / "manifest.json").read_text())["models"][name]
-    extra = {key: case[key] for key in ("hourglass_transformer", "hourglass_resample") if case.get(key)}
-    return {**case["model"], **extra}
-
-
-def read(path: Path) -> Any:
-    return torch.load(path, weights_only=True)
-
-
-def assert_close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=5e-5, rtol=1e-4)
+Array = np.ndarray
 
 
-@pytest.mark.parametrize(("family", "name"), MODELS)
-def test_encoder_equals_the_original_and_rows_do_not_see_their_padding(shared, family, name):
-    folder = shared(family)
-    model = load(folder / name / "pretrain.pt", settings(folder, name))
-    golden = read(folder / name / "features.pt")
-    batches = read(folder / "batches.pt") if family == "golden_nvidia" else golden
-    unpadded = model(batches["unpadded"]["source"])
-    assert_close(unpadded.conv_features_BCT, golden["unpadded"]["conv_features"])
-    assert_close(unpadded.x_BTD, golden["unpadded"]["x"])
-    padded = batches["padded"]
-    valid_BT = valid_positions(model.num_frames(padded["lengths"]), golden["padded"]["x"].shape[1])
-    if not model.encoder.has_hourglass:  # the original lets padding into the last pooled frame
-        leaking = model(padded["source"], padded["lengths"])
-        assert_close(leaking.x_BTD[valid_BT], golden["padded"]["x"][valid_BT])
-    own = model(padded["source"], padded["lengths"], norm_lengths_B=padded["lengths"])
-    for row, valid_T in enumerate(valid_BT):
-        assert_close(own.x_BTD[row, valid_T], golden[f"alone{row}"]["x"][0])
+def tensors(case: Case, dtype: torch.dtype, prefix: str = "") -> dict[str, torch.Tensor]:
+    trunk = {name: value for name, value in weights(case.model).items() if not name.startswith("proj.")}
+    return {prefix + name: torch.tensor(value, dtype=dtype) for name, value in trunk.items()}
 
 
-def golden_batch(model: Any, case: dict[str, Tensor], mask_BT: Tensor) -> Batch:
-    rows, samples = case["source"].shape
-    lengths_B = case.get("lengths", torch.full((rows,), samples))
-    frames = model.num_frames(samples)
-    return Batch(
-        ids=tuple(map(str, range(rows))),
-        audio_BS=case["source"],
-        lengths_B=lengths_B,
-        padded=bool((lengths_B < samples).any()),
-        sub_batches=(SubBatch(rows, samples, int(mask_BT[0].sum()), 0, frames),),
-        num_samples=int(lengths_B.sum()),
-        frame_lengths=tuple(model.num_frames(lengths_B).tolist()),
-        mask_BT=mask_BT,
-        masked_R=mask_BT.flatten().nonzero().flatten(),
-    )
+def padded(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Waveforms [B, S] and their padding mask."""
+    audio_BS = pad_sequence([torch.tensor(row, dtype=dtype) for row in audio()], batch_first=True)
+    return audio_BS, torch.arange(max(LENGTHS)) >= torch.tensor(LENGTHS)[:, None]
 
 
-def place(name: str) -> tuple[str, int | None]:
-    """Our name of an original parameter, and its part of q, k and v where they are stacked."""
-    letter = re.search(r"self_attn\.([qkv])_proj", name)
-    for pattern, replacement in RENAMED:
-        name = re.sub(pattern, replacement, name)
-    return re.sub(r"self_attn\.[qkv]_proj", "self_attn.qkv_proj", name), "qkv".index(letter[1]) if letter else None
-
-
-def weight(model: Any, name: str) -> Tensor:
-    """A parameter under its original name."""
-    ours, part = place(name)
-    whole = model.get_parameter(ours).detach()
-    return whole if part is None else whole.chunk(3)[part]
-
-
-def gradient(model: Any, name: str) -> Tensor:
-    """The gradient of a parameter under its original name."""
-    ours, part = place(name)
-    whole = model.get_parameter(ours).grad
-    return whole if part is None else whole.chunk(3)[part]
-
-
-@pytest.mark.parametrize("case", ["padded_eval", "unpadded_eval", "padded_gumbel"])
-@pytest.mark.parametrize("name", ["base_tiny", "large_tiny"])
-def test_pretraining_loss_and_gradients_equal_the_original(shared, name, case):
-    folder = shared("golden") / name
-    model = load(folder / "pretrain.pt", settings(folder.parent, name))
-    tensors, numbers = (
-        read(folder / "pretrain_golden.pt")[case],
-        json.loads((folder / "pretrain_golden.json").read_text()),
-    )
-    numbers = numbers[case]
-    batch = golden_batch(model, read(folder / "features.pt")[case.split("_")[0]], tensors["mask_indices"])
-    masked = batch.sub_batches[0].masked
-    negatives = tensors["neg_idxs"].view(batch.num_rows, masked, -1)
-    negatives = negatives - torch.arange(batch.num_rows)[:, None, None] * masked
-    noise = tensors.get("gumbel_noise")
-    if noise is not None:
-        noise = noise.view(-1, model.quantizer.groups, model.quantizer.codes)
-        model.quantizer.temperature = numbers["gumbel_tau"]
-    task = PretrainTask(model, ObjectiveConfig(loss_weights=(0.1, 10.0)), seed=1, reference_padding=True)
-    loss, stats, _ = task.losses(batch, noise, [Negatives(negatives, False)])
-    loss.backward()
-    for key, golden_key in (
-        ("loss", "total_loss"),
-        ("loss_0", "contrastive_loss_sum"),
-        ("loss_1",) * 2,
-        ("loss_2",) * 2,
-    ):
-        assert float(stats[key]) == pytest.approx(numbers[golden_key], rel=2e-5)
-    assert int(stats["correct"]) == numbers["correct"]
-    for key in ("code_perplexity", "prob_perplexity"):
-        assert float(stats[key]) / batch.num_masked == pytest.approx(numbers[key], rel=2e-5)
-    for parameter, expected in tensors["grads"].items():
-        assert (gradient(model, parameter) - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-6
-
-
-VARIANTS = ["cross_sample", "cross_only", "from_everywhere", "codebook"]
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_other_kinds_of_negatives_equal_the_original(shared, variant):
-    folder = shared("golden") / "base_tiny"
-    model = load(folder / "pretrain.pt", settings(folder.parent, "base_tiny"))
-    golden = read(folder / "pretrain_golden.pt")
-    expected = json.loads((folder / "pretrain_golden.json").read_text())["variants"][variant]
-    options = {"num_negatives" if key == "n_negatives" else key: value for key, value in expected["settings"].items()}
-    objective = ObjectiveConfig(**options)
-    batch = golden_batch(model, read(folder / "features.pt")["padded"], golden["padded_eval"]["mask_indices"])
-    sub = batch.sub_batches[0]
-    frames = golden["variants"][variant]["neg_idxs"].view(sub.rows, sub.masked, -1)
-    across = objective.cross_sample_negatives > 0
+def loss_of(case: Case, dtype: torch.dtype) -> tuple[Wav2Vec2Model, Any, tuple[Any, Any, Any]]:
+    """The model, its batch, and what the task gives for it."""
+    model = Wav2Vec2Model(case.model, NO_DROPOUT).to(dtype).eval()
+    model.load_state_dict(tensors(case, dtype))
+    audio_BS, padding_BS = padded(dtype)
+    batch = make_batch(model, audio_BS, padding_BS, torch.tensor(mask(model.num_frames(max(LENGTHS)))))
+    frames = negatives(case)
+    across = case.objective.cross_sample_negatives > 0
     if not across:
-        per_row = sub.frames if objective.negatives_from_everywhere else sub.masked
-        frames = frames - torch.arange(sub.rows)[:, None, None] * per_row
-    codes = None
-    if objective.codebook_negatives:
-        # the original reads its block [B * M, n] again as [n, B, M]
-        index = golden["variants"][variant]["codebook_sample_idx"].view(-1, sub.rows, sub.masked).permute(1, 2, 0)
-        size = model.quantizer.codes
-        codes = torch.stack([index // size**power % size for power in reversed(range(model.quantizer.groups))], -1)
-    task = PretrainTask(model, objective, seed=1, reference_padding=True)
-    loss, stats, _ = task.losses(batch, None, [Negatives(frames, across, codes)])
-    assert loss.item() == pytest.approx(expected["total_loss"], rel=2e-5)
-    assert int(stats["correct"]) == expected["correct"]
+        frames = frames - np.arange(len(LENGTHS))[:, None, None] * MASKED
+    drawn_codes = torch.tensor(codes(case)) if case.objective.codebook_negatives else None
+    drawn_noise = None
+    if case.noisy:
+        drawn_noise = torch.tensor(noise(case.model.latent_groups, case.model.latent_vars), dtype=dtype)
+        model.quantizer.temperature = TEMPERATURE
+    task = PretrainTask(model, case.objective, seed=1, reference_padding=case.leaking)
+    return model, batch, task.losses(batch, drawn_noise, [Negatives(torch.tensor(frames), across, drawn_codes)])
 
 
-@pytest.mark.parametrize("name", ["base_tiny", "large_tiny"])
-def test_ctc_losses_equal_the_original(shared, name):
-    folder = shared("golden") / name
-    model = load(folder / "ctc.pt", settings(folder.parent, name))
-    case = read(folder / "features.pt")["padded"]
-    golden = read(folder / "ctc_golden.pt")["padded_eval"]
-    logits_BTK, frame_lengths_B = model(case["source"], case["lengths"])
-    valid_BT = valid_positions(frame_lengths_B, logits_BTK.shape[1])
-    assert_close(logits_BTK[valid_BT], golden["encoder_out"].transpose(0, 1)[valid_BT])
-    losses_B = ctc_losses(logits_BTK, frame_lengths_B, golden["target"], golden["target_lengths"])
-    torch.testing.assert_close(losses_B, golden["per_utt_loss"], atol=2e-5, rtol=2e-5)
-
-
-CONCATENATED = ["plain_tiny", "hourglass_tiny", "hourglass_linear_tiny"]
-
-
-@pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("name", CONCATENATED)
-def test_joined_sub_batches_give_the_sum_of_separate_ones(shared, name, mode):
-    folder = shared("golden_nvidia")
-    model = load(folder / name / "pretrain.pt", settings(folder, name))
-    golden, numbers = read(folder / name / "concat.pt"), json.loads((folder / name / "concat.json").read_text())
-    source = read(folder / "batches.pt")["concat"]["source"]
-    sizes, masked = golden["sub_batch_sizes"].tolist(), golden["masked_per_row"].tolist()
-    mask_BT = torch.cat([golden[f"mask_indices.{part}"] for part in range(3)])
-    frames = mask_BT.shape[1]
-    batch = Batch(
-        ids=tuple(map(str, range(6))),
-        audio_BS=source,
-        lengths_B=torch.full((6,), source.shape[1]),
-        padded=False,
-        sub_batches=tuple(SubBatch(sizes[i], source.shape[1], masked[i], i, frames) for i in range(3)),
-        num_samples=source.numel(),
-        frame_lengths=(frames,) * 6,
-        mask_BT=mask_BT,
-        masked_R=mask_BT.flatten().nonzero().flatten(),
+def found_numbers(case: Case, dtype: torch.dtype) -> dict[str, Array]:
+    model, batch, (total, stats, (part,)) = loss_of(case, dtype)
+    lengths_B = batch.lengths_B
+    encoded = model(
+        batch.audio_BS, lengths_B, norm_lengths_B=None if case.leaking else lengths_B, mask_BT=batch.mask_BT
     )
-    negatives = [
-        Negatives(
-            golden[f"neg_idxs.{i}"].view(sizes[i], masked[i], -1) - torch.arange(sizes[i])[:, None, None] * masked[i],
-            False,
-        )
-        for i in range(3)
+    valid_BT = torch.arange(encoded.x_BTD.shape[1]) < torch.tensor(batch.frame_lengths)[:, None]
+    found = {
+        "conv_features": encoded.conv_features_BCT.transpose(1, 2)[valid_BT],
+        "features": encoded.features_BTC[valid_BT],
+        "encoded": encoded.x_BTD[valid_BT],
+        "logits": part.logits_bMN.flatten(0, 1),
+        "contrastive": stats["loss_0"],
+        "penalty": stats["loss_2"],
+        "total": total,
+    }
+    if part.quantized is not None:
+        perplexities = {name: stats[name] / batch.num_masked for name in ("code_perplexity", "prob_perplexity")}
+        found |= {"codes": part.quantized.codes_RG, "diversity": stats["loss_1"], **perplexities}
+    return {name: value.detach().numpy() for name, value in found.items()}
+
+
+def found_ctc(case: Case, dtype: torch.dtype) -> dict[str, Array]:
+    model = Wav2Vec2Ctc(case.model, NO_DROPOUT, num_symbols=SYMBOLS).to(dtype).eval()
+    output = {name: torch.tensor(weights(case.model)[name], dtype=dtype) for name in ("proj.weight", "proj.bias")}
+    heads = tuple(f"w2v.{head}" for head in PRETRAINING_HEADS)
+    trunk = {name: value for name, value in tensors(case, dtype, "w2v.").items() if not name.startswith(heads)}
+    model.load_state_dict(trunk | output)
+    audio_BS, padding_BS = padded(dtype)
+    labels_BL = pad_sequence([torch.tensor(row) for row in LABELS], batch_first=True, padding_value=1)
+    batch = make_batch(
+        model.w2v,
+        audio_BS,
+        padding_BS,
+        torch.tensor(mask(model.w2v.num_frames(max(LENGTHS)))),
+        channel_mask_BD=torch.tensor(hidden_channels()),
+        labels_BL=labels_BL,
+        label_lengths=tuple(map(len, LABELS)),
+    )
+    total, _, logits_BTK = FinetuneTask(model, seed=1, reference_padding=case.leaking).losses(batch)
+    logits = torch.cat([row[:frames] for row, frames in zip(logits_BTK, batch.frame_lengths, strict=True)])
+    return {"ctc_logits": logits.detach().numpy(), "ctc": total.detach().numpy()}
+
+
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-4}
+
+
+def assert_equal(found: dict[str, Array], expected: dict[str, Array], tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("name", CASES)
+def test_pretraining_equals_the_slow_implementation(name, dtype):
+    assert_equal(found_numbers(CASES[name], dtype), slow_numbers(CASES[name]), TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("name", CASES)
+def test_ctc_equals_the_slow_implementation(name, dtype):
+    assert_equal(found_ctc(CASES[name], dtype), slow_ctc(CASES[name]), TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_numbers_are_those_that_are_stored(name):
+    """Both implementations could change together; these numbers do not."""
+    case, stored = CASES[name], json.loads(STORED.read_text())[name]
+    for numbers in (
+        {**slow_numbers(case), **slow_ctc(case)},
+        {**found_numbers(case, torch.float64), **found_ctc(case, torch.float64)},
+    ):
+        assert numbers.keys() == stored.keys()
+        for key, value in stored.items():
+            np.testing.assert_allclose(digest(numbers[key]), value, rtol=1e-9, atol=1e-9, err_msg=key)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if not CASES[name].noisy])
+def test_the_gradient_is_the_slope_of_the_slow_loss(name):
+    """Along one direction through all weights; with noise the choice of codes has a gradient that is no slope."""
+    case = CASES[name]
+    model, _, (total, _, _) = loss_of(case, torch.float64)
+    total.backward()
+    direction = {key: np.cos(1e3 * value) for key, value in weights(case.model).items()}
+    slope = sum(float((p.grad * torch.tensor(direction[key])).sum()) for key, p in model.named_parameters())
+    step = 1e-6
+    ends = [
+        slow_numbers(case, {key: value + sign * step * direction[key] for key, value in weights(case.model).items()})
+        for sign in (1, -1)
     ]
-    noise = None
-    if mode == "train":
-        shape = (-1, model.quantizer.groups, model.quantizer.codes)
-        noise = torch.cat([golden[f"gumbel_noise.{i}"].view(shape) for i in range(3)])
-        model.quantizer.temperature = numbers.get("gumbel_tau") or numbers["train"]["gumbel_tau"]
-    loss, stats, results = PretrainTask(model, ObjectiveConfig(), seed=1).losses(batch, noise, negatives)
-    expected = numbers[mode]["separate_sum"]
-    for key, golden_key in (("loss_0", "contrastive_loss_sum"), ("loss_1",) * 2, ("loss_2",) * 2):
-        assert float(stats[key]) == pytest.approx(expected[golden_key], rel=2e-5)
-    assert int(stats["correct"]) == expected["correct"]
-    for part, result in enumerate(results):
-        codes = golden[mode][f"codes.{part}"]
-        assert torch.equal(result.quantized.codes_RG.view(codes.shape), codes)
-    if mode == "train":
-        loss.backward()
-        for parameter, value in golden[mode]["grads_separate_sum"].items():
-            assert (gradient(model, parameter) - value).abs().max() <= 1e-4 * value.abs().max() + 1e-6
-
-
-@pytest.mark.parametrize("run", ["noclip", "clip"])
-@pytest.mark.parametrize("name", ["base_tiny", "large_tiny"])
-def test_updates_equal_those_of_the_original_trainer(shared, name, run):
-    folder = shared("golden") / name
-    tensors, numbers = read(folder / "train_steps.pt"), json.loads((folder / "train_steps.json").read_text())
-    features, options = read(folder / "features.pt")["padded"], settings(folder.parent, name)
-    model = load(folder / "pretrain.pt", options).train()
-    config = numbers[run].get("config") or numbers["config"]
-    objective = ObjectiveConfig(loss_weights=tuple(config["loss_weights"]), latent_temp=tuple(options["latent_temp"]))
-    task = PretrainTask(model, objective, seed=1, reference_padding=True)
-    adam = {"betas": tuple(config["adam_betas"]), "eps": config["adam_eps"], "weight_decay": config["weight_decay"]}
-    optimizer = MixedPrecisionOptimizer({"all": list(model.named_parameters())}, **adam)
-    schedule = make_schedule(
-        "poly",
-        lr=config["lr"],
-        warmup_updates=config["warmup_updates"],
-        max_update=config["total_num_update"],
-        final_lr_scale=config["end_learning_rate"] / config["lr"],
-        power=config["power"],
-    )
-    for step, update in enumerate(numbers[run]["updates"]):
-        given = tensors[run][f"update{update['update']}"]
-        task.set_step(step)
-        assert model.quantizer.temperature == pytest.approx(update["temp"], rel=1e-6)
-        batches = [micro_batch(model, features, tensors["batches"][f"batch{index}"]) for index in update["batches"]]
-        for micro, (batch, expected) in enumerate(zip(batches, update["losses"], strict=True)):
-            masked = batch.sub_batches[0].masked
-            negatives = given[f"neg_idxs.{micro}"].view(batch.num_rows, masked, -1)
-            negatives = negatives - torch.arange(batch.num_rows)[:, None, None] * masked
-            noise = given[f"gumbel_noise.{micro}"].view(-1, model.quantizer.groups, model.quantizer.codes)
-            loss, _, _ = task.losses(batch, noise, [Negatives(negatives, False)])
-            assert loss.item() == pytest.approx(expected, rel=2e-5)
-            optimizer.backward(loss / task.count_units(batches))
-        norm = optimizer.clip_grad_norm(config["clip_norm"])
-        assert norm.item() == pytest.approx(update["grad_norm_before_clip"], rel=1e-4)
-        assert schedule(step) == pytest.approx(update["lr_used"], rel=1e-6)
-        optimizer.step(schedule(step))
-        for parameter, value in given["params"].items():
-            torch.testing.assert_close(weight(model, parameter), value, atol=5e-6, rtol=5e-6)
-
-
-def micro_batch(model: Any, features: dict[str, Tensor], stored: dict[str, Any]) -> Batch:
-    rows, samples = torch.as_tensor(stored["rows"]), int(stored["samples"])
-    case = {"source": features["source"][rows, :samples], "lengths": features["lengths"][rows].clamp(max=samples)}
-    return golden_batch(model, case, stored["mask_indices"])
+    assert slope == pytest.approx((ends[0]["total"] - ends[1]["total"]) / (2 * step), rel=1e-5)

@@ -1,6 +1,6 @@
 """Adam's moments in the checkpoints of other programs <-> by parameter name.
 
-They number the parameters in the order of the module, or keep one flat vector over all of them (16-bit runs).
+They number the parameters in the order of the module, or (16-bit runs) keep one flat vector over all of them.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -13,101 +13,159 @@ import torch
 from torch import Tensor
 
 from common.errors import CheckpointError
+from common.schedules import make_schedule
+from wav2vec2.config import Config
+from wav2vec2.convert.contents import Contents
 from wav2vec2.convert.names import NameTable
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-Moments = dict[str, dict[str, Tensor]]  # moment -> parameter -> value
+
+# Original names that the optimizer sees as one parameter, in its order: mostly one, or q, k and v stacked.
+Groups = Sequence[Sequence[str]]
 
 
 def read(
-    where: str, state: Mapping[str, Any], order: Sequence[tuple[str, torch.Size]]
-) -> tuple[Moments, dict[str, int]]:
-    """Moments by moment and parameter name, and the updates that each parameter has had.
-
-    A parameter that never had a gradient has zeros. Raises CheckpointError if the state is that of another model.
-    """
-    entries = state.get("state")
-    if not isinstance(entries, Mapping) or not all(isinstance(entry, Mapping) for entry in entries.values()):
-        raise _other(where, "it has no moments")
-    total = sum(shape.numel() for _, shape in order)
-    if set(entries) == {0} and len(order) > 1 and _numel(entries[0]) == total:
-        sizes = [shape.numel() for _, shape in order]
-        flat = {moment: entries[0][moment].float().flatten().split(sizes) for moment in MOMENTS}
-        moments = {
-            moment: {name: piece.view(shape) for (name, shape), piece in zip(order, pieces, strict=True)}
-            for moment, pieces in flat.items()
-        }
-        return moments, dict.fromkeys(moments["exp_avg"], _step(where, entries[0], state))
-    if not set(entries) <= set(range(len(order))):
-        raise _other(where, f"it has {len(entries)} entries, the model {len(order)} parameters")
-    found: Moments = {moment: {} for moment in MOMENTS}
-    steps = {}
-    for number, (name, shape) in enumerate(order):
-        entry = entries.get(number)
-        for moment in MOMENTS:
-            value = torch.zeros(shape) if entry is None else entry.get(moment)
-            if not isinstance(value, Tensor) or value.shape != shape:
-                raise _other(where, f"{moment} of {name} is not of shape {list(shape)}")
-            found[moment][name] = value.float()
-        steps[name] = 0 if entry is None else _step(where, entry, state)
-    return found, steps
-
-
-def to_native(
-    where: str, moments: Moments, steps: Mapping[str, int], table: NameTable, native_names: Sequence[str]
+    where: str,
+    state: Mapping[str, Any],
+    groups: Groups,
+    weights: Mapping[str, Tensor],
+    table: NameTable,
+    native_names: Sequence[str],
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """This toolkit's optimizer state, and remarks.
+    """This toolkit's optimizer state, and remarks; parameters that never had a gradient have zeros.
 
     It counts updates once for the trunk and once for the output layer, so the highest count of each is taken:
     where layers sat out some updates (LayerDrop), their counts are a little lower.
+    Raises CheckpointError if the state is that of another model.
     """
-    by_moment = {moment: table.to_native(where, moments[moment], native_names) for moment in MOMENTS}
-    counts: dict[bool, set[int]] = {True: set(), False: set()}
-    of_name = {name: max(steps.get(part, 0) for part in table.foreign(name)) for name in native_names}
-    for name in native_names:
-        counts[name.startswith("proj.")].add(of_name[name])
+    entries = _entries(where, state, groups, weights)
+    steps: dict[bool, set[int]] = {True: set(), False: set()}
+    by_name: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
+    for names, entry in zip(groups, entries, strict=True):
+        if entry is not None:
+            steps[names[0].endswith((".proj.weight", ".proj.bias"))].add(_step(where, entry, state))
+        for moment in MOMENTS:
+            by_name[moment] |= _apart(where, moment, entry, names, weights)
+    native = {moment: table.to_native(where, by_name[moment], native_names) for moment in MOMENTS}
     remarks = [
-        f"the optimizer counts {min(group)} to {max(group)} updates, depending on the parameter; {max(group)} is taken"
-        for group in counts.values()
-        if len(group - {0}) > 1
+        f"the optimizer counts {min(found)} to {max(found)} updates, depending on the parameter; {max(found)} is taken"
+        for found in steps.values()
+        if len(found) > 1
     ]
-    state = {
-        name: {
-            **{moment: by_moment[moment][name] for moment in MOMENTS},
-            "step": max(counts[name.startswith("proj.")]),
-        }
-        for name in by_moment["exp_avg"]
-    }
-    return state, remarks
-
-
-def write(
-    optimizer: Mapping[str, Mapping[str, Any]], table: NameTable, order: Sequence[str]
-) -> dict[int, dict[str, Any]]:
-    """The entries of torch's optimizer state, numbered by `order` (original names)."""
-    moments = {moment: table.to_foreign({n: entry[moment] for n, entry in optimizer.items()}) for moment in MOMENTS}
-    steps = {part: entry["step"] for name, entry in optimizer.items() for part in table.foreign(name)}
+    count = {is_output: max(found, default=0) for is_output, found in steps.items()}
     return {
-        number: {"step": steps[name], **{moment: moments[moment][name] for moment in MOMENTS}}
-        for number, name in enumerate(order)
-        if name in steps
+        name: {**{moment: native[moment][name] for moment in MOMENTS}, "step": count[name.startswith("proj.")]}
+        for name in native[MOMENTS[0]]
+    }, remarks
+
+
+def write(contents: Contents, groups: Groups, table: NameTable) -> dict[str, Any]:
+    """The optimizer state as torch's optimizers keep it, flat where the run is in 16 bits."""
+    moments = {
+        moment: table.to_foreign({name: entry[moment] for name, entry in (contents.optimizer or {}).items()})
+        for moment in MOMENTS
     }
+    steps = {part: entry["step"] for name, entry in (contents.optimizer or {}).items() for part in table.foreign(name)}
+    weights = table.to_foreign(contents.weights)
+    last = max(steps.values(), default=0)
+    entries: dict[int, dict[str, Any]] = {}
+    for number, names in enumerate(groups):
+        pieces = {
+            moment: torch.cat([found[n] if n in found else torch.zeros_like(weights[n]).float() for n in names])
+            for moment, found in moments.items()
+        }
+        entries[number] = {"step": steps.get(names[0], last), **pieces}
+    if keeps_flat(contents.config):
+        vectors = {moment: torch.cat([entry[moment].flatten() for entry in entries.values()]) for moment in MOMENTS}
+        entries = {0: {"step": last, **vectors}}
+    scale = {"loss_scale": contents.scaler["scale"]} if contents.scaler else {}
+    return {"state": entries, "param_groups": [_group(contents.config, len(entries), last)], **scale}
+
+
+def keeps_flat(config: Config) -> bool:
+    """Whether the original programs keep one vector over all parameters: in 16-bit runs without autocast."""
+    return (config.precision.fp16 or config.precision.bf16) and not config.precision.amp
+
+
+def scaler_state(state: Any) -> dict[str, Any] | None:
+    """The state of the loss scaler, if the optimizer state has a scale; its counters begin anew."""
+    scale = state.get("loss_scale") if isinstance(state, Mapping) else None
+    if not isinstance(scale, (int, float)):
+        return None
+    counters = dict.fromkeys(("num_skipped", "since_overflow", "since_change", "overflows_since_change"), 0)
+    return {"scale": float(scale), **counters}
+
+
+def _entries(
+    where: str, state: Mapping[str, Any], groups: Groups, weights: Mapping[str, Tensor]
+) -> list[Mapping[str, Any] | None]:
+    """One entry per group, None where there is none; a flat vector is cut up."""
+    found = state.get("state")
+    if not isinstance(found, Mapping) or not all(isinstance(entry, Mapping) for entry in found.values()):
+        raise _other(where, "it has no moments")
+    sizes = [sum(weights[name].numel() for name in names) for names in groups]
+    flat = found.get(0, {})
+    if len(found) == 1 and len(groups) > 1 and _numel(flat) == sum(sizes):
+        vectors = {moment: _unscaled(where, flat, moment).flatten().split(sizes) for moment in MOMENTS}
+        step = {"step": _step(where, flat, state)}
+        return [{moment: vectors[moment][i] for moment in MOMENTS} | step for i in range(len(groups))]
+    if not set(found) <= set(range(len(groups))):
+        raise _other(where, f"it has {len(found)} entries, the model {len(groups)} parameters")
+    return [found.get(number) for number in range(len(groups))]
+
+
+def _apart(
+    where: str, moment: str, entry: Mapping[str, Any] | None, names: Sequence[str], weights: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """One moment of the parameters of a group, in their own shapes."""
+    if entry is None:
+        return {name: torch.zeros(weights[name].shape) for name in names}
+    value = _unscaled(where, entry, moment)
+    if value.numel() != sum(weights[name].numel() for name in names):
+        raise _other(where, f"{moment} of {names[0]} has {value.numel()} entries")
+    pieces = value.flatten().split([weights[name].numel() for name in names])
+    return {name: piece.view(weights[name].shape) for name, piece in zip(names, pieces, strict=True)}
+
+
+def _unscaled(where: str, entry: Mapping[str, Any], moment: str) -> Tensor:
+    """A moment in fp32; fairseq keeps 16-bit ones beside the scale that they were divided by."""
+    value, scale = entry.get(moment), entry.get(f"{moment}_scale", 1.0)
+    if not isinstance(value, Tensor) or not isinstance(scale, (int, float, Tensor)):
+        raise _other(where, f"it has no {moment}")
+    return value.float() * scale
 
 
 def _numel(entry: Mapping[str, Any]) -> int:
-    value = entry.get("exp_avg")
+    value = entry.get(MOMENTS[0])
     return value.numel() if isinstance(value, Tensor) else 0
 
 
 def _step(where: str, entry: Mapping[str, Any], state: Mapping[str, Any]) -> int:
     """The count of updates beside the moments, or beside the options of the group."""
-    groups = state.get("param_groups") or [{}]
-    step = entry.get("step", groups[0].get("step") if isinstance(groups[0], Mapping) else None)
+    options = state.get("param_groups")
+    first = options[0] if isinstance(options, (list, tuple)) and options else {}
+    step = entry.get("step", first.get("step") if isinstance(first, Mapping) else None)
     if isinstance(step, Tensor) and step.numel() == 1:
         step = step.item()
     if not isinstance(step, (int, float)):
         raise _other(where, "it does not count its updates")
     return int(step)
+
+
+def _group(config: Config, parameters: int, step: int) -> dict[str, Any]:
+    """The options of the one group of parameters, under the names of both programs."""
+    optim = config.optim
+    rate = make_schedule(**optim.schedule(config.model.encoder_embed_dim))
+    return {
+        "lr": rate(max(step - 1, 0)),
+        "betas": list(optim.adam_betas),
+        "eps": optim.adam_eps,
+        "weight_decay": optim.weight_decay,
+        "amsgrad": False,
+        "bias_correction": True,
+        "step": step,
+        "params": list(range(parameters)),
+    }
 
 
 def _other(where: str, reason: str) -> CheckpointError:

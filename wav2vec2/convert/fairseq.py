@@ -17,20 +17,23 @@ from torch import Tensor
 from common import torch_file
 from common.errors import CheckpointError
 from common.labels import SPECIAL_SYMBOLS
-from wav2vec2.config import Config
 from wav2vec2.convert import adam_state
-from wav2vec2.convert.contents import Contents, check_complete, needed_shapes
-from wav2vec2.convert.names import original_names, original_order
-from wav2vec2.convert.options import from_config, to_config
+from wav2vec2.convert.contents import Contents, check_complete, listed, needed_shapes
+from wav2vec2.convert.fairseq_settings import settings
+from wav2vec2.convert.names import optimizer_groups, original_names, original_order
+from wav2vec2.convert.options import numbers, to_config
 from wav2vec2.convert.stand_ins import StandIn, plain
 
 _MODES = {"wav2vec2": "pretrain", "wav2vec_ctc": "finetune"}
-_SECTIONS_READ = ("optimization", "optimizer", "lr_scheduler", "criterion", "task", "model")
+_SECTIONS_READ = ("common", "dataset", "optimization", "optimizer", "lr_scheduler", "criterion", "task", "model")
 # What fine-tuning sets itself; everything else is said by the settings of the pre-trained model.
 _OF_FINETUNING = re.compile(
     r"(no_)?mask_\w+|\w*dropout\w*|layerdrop|feature_grad_mult|freeze_finetune_updates|blank_\w+|apply_mask"
-    r"|zero_mask|layer_decay|autoregressive"
+    r"|zero_mask|layer_decay|autoregressive|freeze_regex|layer_type|adp_num"
 )
+_OF_THE_RUN = ("normalize", "sample_rate", "fp16", "bf16", "amp", "max_tokens", "update_freq", "lr", "max_update")
+_OPTIMIZER = ("adam_betas", "adam_eps", "weight_decay", "clip_norm")
+_PRETRAINING_HEAD = re.compile(r"w2v_encoder\.w2v_model\.(quantizer|project_q|final_proj)\.")
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
@@ -44,9 +47,10 @@ def recognises(content: Any) -> bool:
 def to_contents(path: str | Path, content: Mapping[str, Any]) -> Contents:
     """What a file says. Raises CheckpointError naming it."""
     where = str(path)
-    mode, options = _mode_and_options(where, content)
+    cfg, model = _settings(where, content)
+    mode, options = _mode_and_options(where, cfg, model)
     config, remarks = to_config(where, mode, options)
-    foreign = weights_of(where, content["model"])
+    foreign, told = _without_idle_heads(weights_of(where, content["model"]), mode)
     num_symbols = len(foreign.get("w2v_encoder.proj.weight", ()))
     table = original_names(config.model)
     shapes = needed_shapes(config, num_symbols)
@@ -56,12 +60,11 @@ def to_contents(path: str | Path, content: Mapping[str, Any]) -> Contents:
     rest = plain(where, {**rest, "task_state": content.get("task_state")})
     extra, history = _table(rest, "extra_state"), rest["optimizer_history"] or [{}]
     averaged = _table(extra, "ema")
-    optimizer, told = None, []
-    state = content.get("last_optimizer_state")
+    optimizer, state = None, content.get("last_optimizer_state")
     if isinstance(state, Mapping) and state.get("state"):
-        order = [(name, tensor.shape) for name, tensor in foreign.items()]
-        moments, steps = adam_state.read(where, state, order)
-        optimizer, told = adam_state.to_native(where, moments, steps, table, list(weights))
+        groups = optimizer_groups(foreign)
+        optimizer, counted = adam_state.read(where, state, groups, foreign, table, list(weights))
+        told += counted
     iterator = _table(extra, "train_iterator")
     return Contents(
         source="fairseq",
@@ -70,10 +73,10 @@ def to_contents(path: str | Path, content: Mapping[str, Any]) -> Contents:
         labels=_labels(where, rest, num_symbols),
         averaged=table.to_native(where, weights_of(where, averaged), shapes) if averaged else None,
         optimizer=optimizer,
-        scaler=fresh_scaler(state.get("loss_scale")) if optimizer and isinstance(state, Mapping) else None,
+        scaler=adam_state.scaler_state(state),
         loader={"epoch": iterator["epoch"], "position": 0} if isinstance(iterator.get("epoch"), int) else None,
         step=history[-1].get("num_updates"),
-        best=extra.get("best"),
+        best=_best(mode, _table(cfg, "checkpoint") or cfg, extra.get("best")),
         remarks=(*remarks, *told),
     )
 
@@ -93,33 +96,31 @@ def to_content(contents: Contents, data: str) -> dict[str, Any]:
     table = original_names(config.model)
     weights = table.to_foreign(contents.weights)
     order = original_order(weights)
-    content: dict[str, Any] = {
-        "args": None,
-        "cfg": _cfg(config, data),
-        "model": {name: weights[name] for name in order},
-        "criterion": None,
-        "optimizer_history": [
-            {
-                "criterion_name": "Wav2vecCriterion" if config.mode == "pretrain" else "CtcCriterion",
-                "optimizer_name": "FairseqAdam",
-                "lr_scheduler_state": {"best": contents.best},
-                "num_updates": contents.step or 0,
-            }
-        ],
-        "task_state": {},
-        "extra_state": {
-            "train_iterator": {"version": 2, "epoch": contents.epoch or 1, "iterations_in_epoch": 0, "shuffle": True},
-            "best": contents.best,
-        },
+    best = {} if contents.best is None else {"best": contents.best}
+    extra_state: dict[str, Any] = {
+        "train_iterator": {"version": 2, "epoch": contents.epoch or 1, "iterations_in_epoch": 0, "shuffle": True},
+        **best,
     }
     if contents.averaged:
-        averaged = {**contents.weights, **contents.averaged}
-        content["extra_state"]["ema"] = table.to_foreign(averaged)
+        extra_state["ema"] = table.to_foreign({**contents.weights, **contents.averaged})
+    half = adam_state.keeps_flat(config)
+    history = {
+        "criterion_name": "Wav2vecCriterion" if config.mode == "pretrain" else "CtcCriterion",
+        "optimizer_name": "FP16Optimizer" if half else "FairseqAdam",
+        "lr_scheduler_state": {"best": contents.best},
+        "num_updates": contents.step or 0,
+    }
+    content: dict[str, Any] = {
+        "args": None,
+        "cfg": settings(config, data),
+        "model": {name: weights[name] for name in order},
+        "criterion": None,
+        "optimizer_history": [history],
+        "task_state": {},
+        "extra_state": extra_state,
+    }
     if contents.optimizer:
-        content["last_optimizer_state"] = {
-            "state": adam_state.write(contents.optimizer, table, order),
-            "param_groups": [_param_group(config, len(order))],
-        }
+        content["last_optimizer_state"] = adam_state.write(contents, optimizer_groups(order), table)
     if contents.labels:
         content["labels"] = list(contents.labels)  # fairseq itself reads them from the dictionary in `data`
     return content
@@ -132,14 +133,6 @@ def weights_of(where: str, found: Any) -> dict[str, Tensor]:
     return {str(name): tensor.detach() for name, tensor in found.items()}
 
 
-def fresh_scaler(scale: Any) -> dict[str, Any] | None:
-    """The state of the loss scaler at a scale; its counters begin anew."""
-    if not isinstance(scale, (int, float)):
-        return None
-    counters = dict.fromkeys(("num_skipped", "since_overflow", "since_change", "overflows_since_change"), 0)
-    return {"scale": float(scale), **counters}
-
-
 def refuse_projection(program: str, contents: Contents) -> None:
     """The originals have no projection of the features where it does not change their width."""
     model = contents.config.model
@@ -150,26 +143,77 @@ def refuse_projection(program: str, contents: Contents) -> None:
         )
 
 
-def _mode_and_options(where: str, content: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def _mode_and_options(where: str, cfg: Mapping[str, Any], model: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The mode and all options that count, in one table."""
-    cfg, model = _settings(where, content)
     kind = model.get("_name") or model.get("arch")
     if kind not in _MODES:
         raise CheckpointError(
             f"{where}: holds a model {str(kind)[:40]!r} of fairseq; this toolkit has {' and '.join(_MODES)}"
         )
     options = _merged(cfg, model)
+    options |= _schedule(cfg, options)
     if _MODES[str(kind)] == "pretrain":
         return "pretrain", options
     trunk = model.get("w2v_args")
     if not isinstance(trunk, Mapping):
         raise CheckpointError(
-            f"{where}: does not tell the architecture of its pre-trained model (w2v_args); use a file that does"
+            f"{where}: does not tell the architecture of its pre-trained model (no w2v_args), as some files of 2020 "
+            "do not; load and save it with a newer fairseq, beside the pre-trained file that it was made from"
         )
     inner = trunk["model"] if isinstance(trunk.get("model"), Mapping) else trunk
-    own = {name: value for name, value in options.items() if _OF_FINETUNING.fullmatch(name)}
-    outer = {name: options[name] for name in ("normalize", "sample_rate", "lr", "max_update") if name in options}
-    return "finetune", {**_merged(trunk, inner), **outer, **own}
+    kept = {name: value for name, value in _merged(trunk, inner).items() if not _OF_FINETUNING.fullmatch(name)}
+    own = (*_OF_THE_RUN, *_OPTIMIZER, *_schedule(cfg, options))
+    ours = {name: value for name, value in options.items() if _OF_FINETUNING.fullmatch(name) or name in own}
+    return "finetune", {**kept, **ours}
+
+
+def _schedule(cfg: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The learning rate in this toolkit's terms; fairseq's tri_stage is exp here."""
+    section = cfg.get("lr_scheduler")
+    kind = section.get("_name") if isinstance(section, Mapping) else section
+    if kind == "polynomial_decay":
+        end, peak = (_as_numbers(options.get(name)) for name in ("end_learning_rate", "lr"))
+        scale = end[0] / peak[0] if end and peak and peak[0] > 0 else None
+        return {"lr_policy": "poly", "lr_poly_power": options.get("power"), "final_lr_scale": scale}
+    if kind != "tri_stage":
+        return {"lr_policy": kind} if kind else {}
+    shares, updates = _as_numbers(options.get("phase_ratio")), _as_numbers(options.get("max_update"))
+    lengths = [options.get(name) for name in ("warmup_steps", "hold_steps")]
+    if len(shares) == 3 and updates:
+        lengths = [int(share * updates[0]) for share in shares[:2]]
+    return {
+        "lr_policy": "exp",
+        "warmup_updates": lengths[0],
+        "hold_updates": lengths[1],
+        "initial_lr_scale": options.get("init_lr_scale"),
+        "final_lr_scale": options.get("final_lr_scale"),
+    }
+
+
+def _as_numbers(value: Any) -> list[float]:
+    """A number, a list of them, or the text of a list; nothing of anything else."""
+    try:
+        found = numbers("", value) if isinstance(value, str) else value
+    except ValueError:
+        return []
+    found = found if isinstance(found, (list, tuple)) else [found]
+    return list(found) if all(isinstance(number, (int, float)) for number in found) else []
+
+
+def _without_idle_heads(weights: dict[str, Tensor], mode: str) -> tuple[dict[str, Tensor], list[str]]:
+    """A fine-tuned file may still hold what only pre-training uses."""
+    idle = [name for name in weights if mode == "finetune" and _PRETRAINING_HEAD.match(name)]
+    kept = {name: tensor for name, tensor in weights.items() if name not in idle}
+    return kept, [f"{listed(idle)}: of pre-training, not used here"] if idle else []
+
+
+def _best(mode: str, options: Mapping[str, Any], best: Any) -> float | None:
+    """The best validation result, if it is of what this toolkit looks at: the loss, or in fine-tuning the WER."""
+    metric = {"pretrain": "loss", "finetune": "wer"}[mode]
+    if options.get("best_checkpoint_metric", "loss") != metric or options.get("maximize_best_checkpoint_metric"):
+        return None
+    best = best.item() if isinstance(best, Tensor) and best.numel() == 1 else best
+    return float(best) if isinstance(best, (int, float)) else None
 
 
 def _settings(where: str, content: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
@@ -196,14 +240,14 @@ def _merged(cfg: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _resolved(cfg: Mapping[str, Any], value: Any) -> Any:
-    """The option that `${section.name}` refers to."""
+    """The option that `${section.name}` refers to; the text itself where it leads nowhere."""
     match = _REFERENCE.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         return value
     found: Any = cfg
     for part in match[1].split("."):
         found = found.get(part) if isinstance(found, Mapping) else None
-    return None if isinstance(found, str) and _REFERENCE.fullmatch(found) else found
+    return value if found is None else found
 
 
 def _table(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -223,97 +267,6 @@ def _labels(where: str, rest: Mapping[str, Any], num_symbols: int) -> tuple[str,
     return tuple(str(symbol) for symbol in symbols)
 
 
-def _cfg(config: Config, data: str) -> dict[str, Any]:
-    """The sections that fairseq's own programs look at."""
-    options = from_config(config)
-    optim = {"lr": [config.optim.lr]}
-    task = {"data": data, "sample_rate": config.model.sample_rate, "normalize": config.model.normalize}
-    pretraining = {"_name": "audio_pretraining", "labels": None, **task}
-    trunk = {"_name": "wav2vec2", **_FIXED_IN_TRUNK, **{name: options[name] for name in _TRUNK_OPTIONS}}
-    cfg: dict[str, Any] = {
-        "_name": None,
-        "common": {"_name": None, "seed": config.run.seed, "fp16": config.precision.fp16},
-        "optimization": {
-            "_name": None,
-            "max_update": config.optim.max_update,
-            "clip_norm": config.optim.clip_norm,
-            "sentence_avg": config.mode == "finetune",
-            **optim,
-        },
-        "optimizer": {
-            "_name": "adam",
-            "adam_betas": f"({config.optim.adam_betas[0]},{config.optim.adam_betas[1]})",
-            "adam_eps": config.optim.adam_eps,
-            "weight_decay": config.optim.weight_decay,
-            **optim,
-        },
-        "lr_scheduler": None,
-    }
-    if config.mode == "pretrain":
-        criterion = {"_name": "wav2vec", "infonce": True, "loss_weights": options["loss_weights"]}
-        return {**cfg, "model": trunk, "task": pretraining, "criterion": criterion}
-    masked = config.mask.mask_prob > 0 or config.mask.mask_channel_prob > 0
-    model = {
-        "_name": "wav2vec_ctc",
-        "w2v_path": "",
-        "apply_mask": masked,
-        **{name: options[name] for name in _CTC_OPTIONS},
-        "layerdrop": options["encoder_layerdrop"],
-        "normalize": config.model.normalize,
-        "data": data,
-        "w2v_args": {**cfg, "model": trunk, "task": pretraining, "criterion": None},
-    }
-    task = {"_name": "audio_finetuning", "labels": "ltr", **task}
-    return {**cfg, "model": model, "task": task, "criterion": {"_name": "ctc", "zero_infinity": True}}
-
-
-_MASK_OPTIONS = (
-    *("mask_length", "mask_prob", "mask_selection", "mask_other", "no_mask_overlap", "mask_min_space"),
-    *("mask_channel_length", "mask_channel_prob", "mask_channel_selection", "mask_channel_other"),
-    *("no_mask_channel_overlap", "mask_channel_min_space"),
-)
-_TRUNK_OPTIONS = (
-    *("extractor_mode", "encoder_layers", "encoder_embed_dim", "encoder_ffn_embed_dim", "encoder_attention_heads"),
-    *("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop", "dropout_input", "dropout_features"),
-    *("final_dim", "layer_norm_first", "conv_feature_layers", "conv_bias", "logit_temp", "quantize_targets"),
-    *("feature_grad_mult", "latent_vars", "latent_groups", "latent_dim", "latent_temp", "num_negatives"),
-    *("negatives_from_everywhere", "cross_sample_negatives", "codebook_negatives", "conv_pos", "conv_pos_groups"),
-    *_MASK_OPTIONS,
-)
-_CTC_OPTIONS = (
-    *("dropout_input", "final_dropout", "dropout", "attention_dropout", "activation_dropout", "feature_grad_mult"),
-    *("freeze_finetune_updates", "blank_weight", "blank_mode"),
-    *_MASK_OPTIONS,
-)
-_FIXED_IN_TRUNK = {
-    "activation_fn": "gelu",
-    "layer_type": "transformer",
-    "quantize_input": False,
-    "same_quantizer": False,
-    "target_glu": False,
-    "quantizer_depth": 1,
-    "quantizer_factor": 3,
-    "pos_conv_depth": 1,
-    "require_same_masks": True,
-    "mask_dropout": 0.0,
-    "mask_channel_before": False,
-    "required_seq_len_multiple": 2,
-    "crop_seq_to_multiple": 1,
-}
-
-
-def _param_group(config: Config, parameters: int) -> dict[str, Any]:
-    optim = config.optim
-    return {
-        "lr": optim.lr,
-        "betas": tuple(optim.adam_betas),
-        "eps": optim.adam_eps,
-        "weight_decay": optim.weight_decay,
-        "amsgrad": False,
-        "params": list(range(parameters)),
-    }
-
-
 def write(path: Path, contents: Contents) -> None:
-    """Write a file that fairseq loads, and for a fine-tuned model its dictionary beside it."""
+    """Write a file that fairseq loads; its folder is where fairseq looks for the dictionary."""
     torch_file.write(path, to_content(contents, str(path.resolve().parent)))

@@ -238,6 +238,8 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
     """Copies: the library's tensors are views of the file, which may change or go."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file; complete the folder")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - it is no table

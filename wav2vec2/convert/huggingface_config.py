@@ -81,8 +81,10 @@ def to_config(
         raise CheckpointError(f"{where}: {', '.join(too_large)}: above {_LARGEST}, which no model is; use another file")
     if model["latent_dim"] == model["final_dim"]:
         model["latent_dim"] = 0
-    model["feature_projection"] = "always"
-    model["conv_feature_layers"] = _conv_layers(where, options)
+    layers = _conv_layers(where, options)
+    model["conv_feature_layers"] = _spelled(layers)
+    same_width = bool(layers) and layers[-1][0] == model["encoder_embed_dim"]
+    model["feature_projection"] = "always" if same_width else "needed"  # it is always there
     norm = options.get("feat_extract_norm", "group")
     if norm not in list(_NORMS):
         raise CheckpointError(
@@ -147,8 +149,8 @@ def feature_extractor(config: Config) -> dict[str, Any]:
     }
 
 
-def _conv_layers(where: str, options: Mapping[str, Any]) -> str:
-    """'[(512,10,5)]+[(512,3,2)]*4' of three lists."""
+def _conv_layers(where: str, options: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+    """The conv blocks as (channels, kernel, stride) each."""
     columns = [options.get(name, default) for name, default in _CONV.items()]
     if not all(isinstance(column, list) and all(type(item) is int for item in column) for column in columns):
         raise CheckpointError(f"{where}: {', '.join(_CONV)} are not lists of whole numbers; use another file")
@@ -157,7 +159,12 @@ def _conv_layers(where: str, options: Mapping[str, Any]) -> str:
             f"{where}: {', '.join(_CONV)} have {', '.join(str(len(column)) for column in columns)} entries, which "
             "must be the same number; use another file"
         )
-    runs = [(layer, len(list(run))) for layer, run in groupby(zip(*columns, strict=True))]
+    return list(zip(*columns, strict=True))
+
+
+def _spelled(layers: list[tuple[int, int, int]]) -> str:
+    """'[(512,10,5)]+[(512,3,2)]*4'."""
+    runs = [(layer, len(list(run))) for layer, run in groupby(layers)]
     return "+".join(f"[({','.join(map(str, layer))})]" + (f"*{times}" if times > 1 else "") for layer, times in runs)
 
 

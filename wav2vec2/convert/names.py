@@ -134,3 +134,20 @@ def original_order(names: Iterable[str]) -> list[str]:
         return head, rank, *layer
 
     return sorted(names, key=place)  # stable: weight before bias, as they come
+
+
+def optimizer_groups(names: Iterable[str], *, stacked: bool = False) -> list[list[str]]:
+    """Original names in the order of the optimizer, q, k and v in one group where they are one parameter there.
+
+    The stacked matrix stands where the first of the three would stand, its biases behind it.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in original_order(names):
+        match = re.search(r"self_attn\.[qkv]_proj\.", name) if stacked else None
+        if match is None:
+            groups[name] = [name]
+            continue
+        start = name[: match.start()]
+        for kind in ("weight", "bias"):
+            groups[f"{start}{kind}"] = [f"{start}self_attn.{letter}_proj.{kind}" for letter in "qkv"]
+    return list(groups.values())

@@ -3,13 +3,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from common import torch_file
 from common.errors import CheckpointError
@@ -17,9 +13,9 @@ from common.labels import SPECIAL_SYMBOLS
 from wav2vec2.config import Config
 from wav2vec2.convert import adam_state
 from wav2vec2.convert.contents import Contents, check_complete, needed_shapes
-from wav2vec2.convert.fairseq import fresh_scaler, refuse_projection, weights_of
-from wav2vec2.convert.names import original_names, original_order
-from wav2vec2.convert.options import from_config, to_config
+from wav2vec2.convert.fairseq import refuse_projection, weights_of
+from wav2vec2.convert.names import optimizer_groups, original_names, original_order
+from wav2vec2.convert.options import from_config, schedule, to_config
 from wav2vec2.convert.stand_ins import plain
 
 _MODES = ("pretrain", "finetune")
@@ -46,11 +42,11 @@ def to_contents(path: str | Path, content: Mapping[str, Any]) -> Contents:
     weights = table.to_native(where, foreign, shapes)
     check_complete(where, weights, config, num_symbols)
     averaged = content.get("ema_model")
-    optimizer, told = None, []
-    state = content.get("optimizer")
+    optimizer, state = None, content.get("optimizer")
+    told: list[str] = []
     if isinstance(state, Mapping) and state.get("state"):
-        moments, steps = _moments(where, state, foreign, stacked=args.get("mha") != "fairseq")
-        optimizer, told = adam_state.to_native(where, moments, steps, table, list(weights))
+        groups = optimizer_groups(foreign, stacked=args.get("mha") != "fairseq")
+        optimizer, told = adam_state.read(where, state, groups, foreign, table, list(weights))
     progress = plain(where, content.get("train_state") or {})
     best = progress.get("best_val_wer" if mode == "finetune" else "best_val_loss")
     return Contents(
@@ -60,7 +56,7 @@ def to_contents(path: str | Path, content: Mapping[str, Any]) -> Contents:
         labels=_labels(where, content.get("output_labels"), num_symbols),
         averaged=table.to_native(where, weights_of(where, averaged), shapes) if averaged else None,
         optimizer=optimizer,
-        scaler=fresh_scaler(state.get("loss_scale")) if optimizer and isinstance(state, Mapping) else None,
+        scaler=adam_state.scaler_state(state),
         loader={"epoch": progress["epoch"], "position": 0} if isinstance(progress.get("epoch"), int) else None,
         step=progress.get("step"),
         best=best if isinstance(best, (int, float)) and best != float("inf") else None,
@@ -74,25 +70,23 @@ def to_content(contents: Contents) -> dict[str, Any]:
     refuse_projection("nvidia", contents)
     table = original_names(config.model)
     weights = table.to_foreign(contents.weights)
-    order = original_order(weights)
+    order, half = original_order(weights), adam_state.keeps_flat(config)
     content: dict[str, Any] = {
         "args": _args(config),
         "model": {name: weights[name] for name in order},
         "ema_model": table.to_foreign({**contents.weights, **contents.averaged}) if contents.averaged else None,
-        "optimizer": None,
         "scaler": {},
         "train_state": {
             "step": contents.step or 0,
             "epoch": contents.epoch or 1,
             "best_val_loss": _best(contents, "pretrain"),
             "best_val_wer": _best(contents, "finetune"),
-            "optimizer_type": None,
+            "optimizer_type": None if not contents.optimizer else "FP16Optimizer" if half else "FusedAdamV2",
             "scaler_type": None,
         },
     }
     if contents.optimizer:
-        content["optimizer"] = _optimizer(contents, order, table)
-        content["train_state"]["optimizer_type"] = "FusedAdamV2"
+        content["optimizer"] = adam_state.write(contents, optimizer_groups(order, stacked=True), table)
     if config.mode == "finetune":
         if contents.labels is None:
             raise CheckpointError(
@@ -107,57 +101,6 @@ def to_content(contents: Contents) -> dict[str, Any]:
 def write(path: Path, contents: Contents) -> None:
     """Write a file in NVIDIA's layout."""
     torch_file.write(path, to_content(contents))
-
-
-def _moments(
-    where: str, state: Mapping[str, Any], foreign: Mapping[str, Tensor], *, stacked: bool
-) -> tuple[adam_state.Moments, dict[str, int]]:
-    """Moments by original name; with mha='pyt' the optimizer sees q, k and v as one parameter."""
-    order = original_order(foreign)
-    if not stacked:
-        return adam_state.read(where, state, [(name, foreign[name].shape) for name in order])
-    shapes = _stacked_order(order, {name: tensor.shape for name, tensor in foreign.items()})
-    moments, steps = adam_state.read(where, state, shapes)
-    apart: adam_state.Moments = {moment: {} for moment in moments}
-    counts: dict[str, int] = {}
-    for moment, values in moments.items():
-        for name, value in values.items():
-            names = [name.replace(".qkv.", f".{letter}_proj.") for letter in "qkv"] if ".qkv." in name else [name]
-            apart[moment] |= dict(zip(names, value.chunk(len(names)), strict=True))
-            counts |= dict.fromkeys(names, steps[name])
-    return apart, counts
-
-
-def _stacked_order(order: Sequence[str], shapes: Mapping[str, torch.Size]) -> list[tuple[str, torch.Size]]:
-    """The parameters of mha='pyt': one stacked matrix where the first of q, k and v would stand."""
-    found: dict[str, torch.Size] = {}
-    for name in order:
-        match = re.search(r"self_attn\.[qkv]_proj\.(weight|bias)", name)
-        if match is None:
-            found[name] = shapes[name]
-            continue
-        start = name[: match.start()]
-        for kind in ("weight", "bias"):
-            shape = shapes[f"{start}self_attn.q_proj.{kind}"]
-            found.setdefault(f"{start}self_attn.qkv.{kind}", torch.Size([3 * shape[0], *shape[1:]]))
-    return list(found.items())
-
-
-def _optimizer(contents: Contents, order: Sequence[str], table: Any) -> dict[str, Any]:
-    """The layout of the fused Adam of the full-precision path, q, k and v apart (mha='fairseq')."""
-    optim = contents.config.optim
-    entries = adam_state.write(contents.optimizer or {}, table, order)
-    steps = [entry.pop("step") for entry in entries.values()]
-    group = {
-        "lr": optim.lr,
-        "bias_correction": True,
-        "betas": list(optim.adam_betas),
-        "eps": optim.adam_eps,
-        "weight_decay": optim.weight_decay,
-        "step": max(steps, default=0),
-        "params": list(range(len(order))),
-    }
-    return {"state": entries, "param_groups": [group]}
 
 
 def _labels(where: str, text: Any, num_symbols: int) -> tuple[str, ...] | None:
@@ -178,32 +121,21 @@ def _best(contents: Contents, mode: str) -> float:
 
 def _args(config: Config) -> dict[str, Any]:
     """All options that NVIDIA's programs look for in a file."""
-    precision, data, optim = config.precision, config.data, config.optim
+    data, curve = config.data, schedule(config)
     args = {
         **_FIXED_ARGS,
         **from_config(config),
         "mode": config.mode,
         "sample_rate": config.model.sample_rate,
         "apply_mask": config.mode == "finetune" and (config.mask.mask_prob > 0 or config.mask.mask_channel_prob > 0),
-        "fp16": precision.fp16,
-        "bf16": precision.bf16,
-        "amp": precision.amp,
-        "max_tokens": data.max_tokens,
         "max_tokens_valid": data.max_tokens_valid or data.max_tokens,
-        "num_concat_batches": data.num_concat_batches,
-        "update_freq": data.update_freq,
-        "required_batch_size_multiple": data.required_batch_size_multiple,
-        "enable_padding": data.enable_padding,
         "max_sample_size": data.max_sample_size or None,
         "min_sample_size": data.min_sample_size or None,
         "seed": config.run.seed,
-        "ema": optim.ema,
-        "lr_policy": optim.lr_policy,
-        "hold_updates": optim.hold_updates or 0,
-        "initial_lr_scale": optim.initial_lr_scale or 0.0,
-        "final_lr_scale": optim.final_lr_scale or 0.0,
-        "lr_poly_power": 1.0 if optim.lr_poly_power is None else optim.lr_poly_power,
-        "lr_exp_decay": optim.lr_exp_decay,
+        "hold_updates": curve.get("hold_updates", 0),
+        "initial_lr_scale": curve.get("initial_lr_scale", 0.0),
+        "final_lr_scale": curve.get("final_lr_scale", 0.0),
+        "lr_poly_power": curve.get("power", 1.0),
     }
     args.pop("feature_projection")
     return args
@@ -224,7 +156,7 @@ _FIXED_ARGS: dict[str, Any] = {
     "spectrogram_window_size": 0.02,
     "spectrogram_window_stride": 0.01,
     "spectrogram_n_filt": 80,
-    "mha": "fairseq",
+    "mha": "pyt",  # as in all its recipes: the optimizer sees q, k and v as one parameter
     "required_seq_len_multiple": 2,
     "require_same_masks": True,
     "mask_dropout": 0.0,

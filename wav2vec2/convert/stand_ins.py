@@ -22,7 +22,7 @@ _MAX_ENTRIES = 200_000
 
 _PACKAGES = ("fairseq.", "omegaconf.", "typing.")
 _TYPES = ("dict", "list", "tuple", "set", "int", "float", "str", "bool", "bytes", "object", "complex")
-_SETTINGS = ("argparse.Namespace", *(f"builtins.{name}" for name in _TYPES))
+_SETTINGS = ("argparse.Namespace", "torch.device", *(f"builtins.{name}" for name in _TYPES))
 _NUMPY = ("numpy.core.multiarray.", "numpy._core.multiarray.")
 
 
@@ -100,6 +100,8 @@ class _Unwrapping:
         state = value.state
         if not isinstance(state, Mapping):
             return None
+        if not state and len(value.arguments) == 1:  # a member of an enumeration is made of its value
+            return self.plain(value.arguments[0], depth + 1)
         for holder in ("_content", "_val"):  # omegaconf's containers and leaves
             if value.name.startswith("omegaconf.") and holder in state:
                 return self.plain(state[holder], depth + 1)
