@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from common import torch_file
-from common.errors import CheckpointError, ConfigError
+from common.errors import CheckpointError, ConfigError, shown
 from common.torch_file import DamagedError, PickledCodeError
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ BEST_NAME = "wav2vec2_best.pt"
 
 _UPDATE_NAME = re.compile(r"wav2vec2_update(\d+)\.pt")
 _TEMPORARY = ".{name}.tmp"
-_NEEDED_KEYS = ("mode", "config", "model")
+_NEEDED = {"mode": str, "config": dict, "model": dict}
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -206,17 +206,17 @@ def recognised(path: str | Path, state: object) -> dict[str, Any]:
             raise _foreign(path, "NVIDIA")
         if "model" in state and ("cfg" in state or "args" in state):
             raise _foreign(path, "fairseq")
-        if any(str(key).startswith(("wav2vec2.", "lm_head.")) for key in state):
+        if any(isinstance(key, str) and key.startswith(("wav2vec2.", "lm_head.")) for key in state):
             raise _foreign(path, "Hugging Face")
         raise CheckpointError(f"{path}: is a torch file, but not a checkpoint of this toolkit; use another file")
     version = state.get("format_version")
     if not isinstance(version, int) or version < 1:
-        raise DamagedError(f"{path}: has the format version {version!r}; use another checkpoint")
+        raise DamagedError(f"{path}: has the format version {shown(version)}; use another checkpoint")
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: has format version {version}, this toolkit reads up to {FORMAT_VERSION}; update the toolkit"
         )
-    missing = [key for key in _NEEDED_KEYS if key not in state]
+    missing = [key for key, kind in _NEEDED.items() if not isinstance(state.get(key), kind)]
     if missing:
         raise DamagedError(f"{path}: lacks {', '.join(missing)}; use another checkpoint")
     for older in range(version, FORMAT_VERSION):

@@ -1,6 +1,24 @@
 """Errors that a user can mend: one line that names the flag or file:line and what to do."""
 
 # SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import reprlib
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 3, 80, 80
+
+
+def one_line(text: object, most: int = 200) -> str:
+    """Text of unknown origin for a message: printable, in one line, cut off where it is long."""
+    start = str(text)[: 4 * most]
+    line = " ".join("".join(c if c.isprintable() else " " for c in start).split())
+    return line if len(line) <= most else f"{line[: most - 3]}..."
+
+
+def shown(value: object) -> str:
+    """A value of unknown origin for a message: its repr in one line, cut off where it is long."""
+    return one_line(_BRIEF.repr(value), 80)
 
 
 class UserError(Exception):

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
-from common.errors import ConfigError
+from common.errors import ConfigError, one_line, shown
 
 MODES = ("pretrain", "finetune")
 
@@ -268,7 +268,7 @@ def from_dict(section: type[Section], values: Mapping[str, Any], where: str = "c
     fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, section))}
     unknown = sorted(str(key) for key in values if key not in fields)
     if unknown:
-        raise ConfigError(f"{where}: unknown settings {', '.join(unknown)}; was it made by another version?")
+        raise ConfigError(f"{where}: unknown settings {one_line(', '.join(unknown))}; was it made by another version?")
     inner, kinds = _sections(section), _kinds(section)
     built: dict[str, Any] = {}
     for name, value in values.items():
@@ -399,7 +399,7 @@ def _from_plain(value: Any, kind: _Kind | None, spec: FlagSpec | None, where: st
         return _single_from_plain(value, kind, spec, where)
     if not isinstance(value, (list, tuple)) or (isinstance(spec.nargs, int) and len(value) != spec.nargs):
         count = f" of {spec.nargs} values" if isinstance(spec.nargs, int) else ""
-        raise ConfigError(f"{where} {value!r}: expected a list{count}")
+        raise ConfigError(f"{where} {shown(value)}: expected a list{count}")
     return tuple(_single_from_plain(item, kind, spec, where) for item in value)
 
 
@@ -407,5 +407,5 @@ def _single_from_plain(value: Any, kind: _Kind, spec: FlagSpec, where: str) -> A
     if kind.single is float and type(value) is int:
         value = float(value)
     if type(value) is not kind.single or not spec.allows(value):
-        raise ConfigError(f"{where} {value!r}: expected {spec.expected(kind.single)}")
+        raise ConfigError(f"{where} {shown(value)}: expected {spec.expected(kind.single)}")
     return value

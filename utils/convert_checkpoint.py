@@ -61,6 +61,7 @@ def as_target_holds_it(contents: Contents, target: str, *, use_average: bool) ->
     if contents.loader and contents.loader["position"]:
         lost.append("the position within the epoch")
     if target == "huggingface":
+        lost.append("options of training other than dropouts, masks and numbers of negatives")
         lost += [
             what
             for what, there in (

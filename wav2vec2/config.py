@@ -9,11 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.checkpoint import default_milestones
-from common.errors import ConfigError
+from common.errors import ConfigError, one_line
 from common.flags import flag
 
 PRETRAIN = ("pretrain",)
 FINETUNE = ("finetune",)
+
+# A checkpoint says how large a model is to be made: no more than this, whoever wrote it.
+MAX_LAYERS = 500
+MAX_WIDTH = 100_000
+_MAX_CONV_TEXT = 1000
 
 FP32_OPS = ("conv_norms", "pos_conv", "transformer_layernorm", "mha_softmax", "cosine_sim")
 DEFAULT_FP32_OPS = {
@@ -47,9 +52,13 @@ class ModelConfig:
         modes=PRETRAIN,
         choices=("needed", "always"),
     )
-    encoder_layers: int = flag(12, "transformer layers (not used with an Hourglass)", modes=PRETRAIN, minimum=1)
-    encoder_embed_dim: int = flag(768, "width of the transformer", modes=PRETRAIN, minimum=1)
-    encoder_ffn_embed_dim: int = flag(3072, "width of its feed-forward blocks", modes=PRETRAIN, minimum=1)
+    encoder_layers: int = flag(
+        12, "transformer layers (not used with an Hourglass)", modes=PRETRAIN, minimum=1, maximum=MAX_LAYERS
+    )
+    encoder_embed_dim: int = flag(768, "width of the transformer", modes=PRETRAIN, minimum=1, maximum=MAX_WIDTH)
+    encoder_ffn_embed_dim: int = flag(
+        3072, "width of its feed-forward blocks", modes=PRETRAIN, minimum=1, maximum=MAX_WIDTH
+    )
     encoder_attention_heads: int = flag(12, "attention heads", modes=PRETRAIN, minimum=1)
     layer_norm_first: bool = flag(False, "pre-LN transformer (Large models)", modes=PRETRAIN)
     hourglass_transformer: str = flag(
@@ -64,13 +73,19 @@ class ModelConfig:
         modes=PRETRAIN,
         choices=("naive", "linear"),
     )
-    conv_pos: int = flag(128, "kernel of the positional convolution, in frames", modes=PRETRAIN, minimum=1)
+    conv_pos: int = flag(
+        128, "kernel of the positional convolution, in frames", modes=PRETRAIN, minimum=1, maximum=MAX_WIDTH
+    )
     conv_pos_groups: int = flag(16, "groups of the positional convolution", modes=PRETRAIN, minimum=1)
-    final_dim: int = flag(256, "width of the space in which predictions and targets meet", modes=PRETRAIN, minimum=1)
+    final_dim: int = flag(
+        256, "width of the space in which predictions and targets meet", modes=PRETRAIN, minimum=1, maximum=MAX_WIDTH
+    )
     quantize_targets: bool = flag(True, "targets go through the Gumbel quantizer", modes=PRETRAIN)
-    latent_vars: int = flag(320, "codes per group of the quantizer", modes=PRETRAIN, minimum=1)
-    latent_groups: int = flag(2, "groups of the quantizer", modes=PRETRAIN, minimum=1)
-    latent_dim: int = flag(0, "width of a quantized target; 0 takes --final_dim", modes=PRETRAIN, minimum=0)
+    latent_vars: int = flag(320, "codes per group of the quantizer", modes=PRETRAIN, minimum=1, maximum=MAX_WIDTH)
+    latent_groups: int = flag(2, "groups of the quantizer", modes=PRETRAIN, minimum=1, maximum=MAX_WIDTH)
+    latent_dim: int = flag(
+        0, "width of a quantized target; 0 takes --final_dim", modes=PRETRAIN, minimum=0, maximum=MAX_WIDTH
+    )
     normalize: bool = flag(
         False, "normalise every waveform to zero mean and unit variance (Large models)", modes=PRETRAIN
     )
@@ -95,36 +110,35 @@ class ModelConfig:
 
     def conv_layers(self) -> list[tuple[int, int, int]]:
         """The conv blocks as (channels, kernel, stride) each."""
+        text = one_line(self.conv_feature_layers, 80)
         try:
+            if len(self.conv_feature_layers) > _MAX_CONV_TEXT:
+                raise ValueError(f"is longer than {_MAX_CONV_TEXT} characters")
             layers = _evaluate_list(ast.parse(self.conv_feature_layers, mode="eval").body)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise ConfigError(
-                f"--conv_feature_layers {self.conv_feature_layers[:80]}: {error}; "
-                "write it as [(512,10,5)]+[(512,3,2)]*4"
+                f"--conv_feature_layers {text}: {one_line(error)}; write it as [(512,10,5)]+[(512,3,2)]*4"
             ) from None
         if not layers or any(len(layer) != 3 or min(layer) < 1 for layer in layers):
-            raise ConfigError(
-                f"--conv_feature_layers {self.conv_feature_layers}: "
-                "every block is (channels, kernel, stride), all 1 or more"
-            )
+            raise ConfigError(f"--conv_feature_layers {text}: every block is (channels, kernel, stride), all 1 or more")
         return layers
 
     def hourglass(self) -> tuple[int, int, int, int] | None:
         """(layers before, layers in the middle, shortening factor, layers after), or None when it is off."""
         if not self.hourglass_transformer:
             return None
-        number = r"\s*(\d{1,4})\s*"
+        text, number = one_line(self.hourglass_transformer, 80), r"\s*([0-9]{1,4})\s*"
         match = re.fullmatch(rf"\s*\[{number},\s*\({number},{number}\)\s*,{number}\]\s*", self.hourglass_transformer)
         if match is None:
             raise ConfigError(
-                f"--hourglass_transformer {self.hourglass_transformer[:80]}: write it as [2,(8,4),2]: "
+                f"--hourglass_transformer {text}: write it as [2,(8,4),2]: "
                 "layers before, (layers in the middle, shortening factor), layers after"
             )
         before, middle, factor, after = (int(group) for group in match.groups())
-        if factor < 1 or middle < 1:
+        if factor < 1 or middle < 1 or before + middle + after > MAX_LAYERS:
             raise ConfigError(
-                f"--hourglass_transformer {self.hourglass_transformer}: "
-                "needs at least one middle layer and a factor of 1 or more"
+                f"--hourglass_transformer {text}: needs at least one middle layer, a factor of 1 or more and at most "
+                f"{MAX_LAYERS} layers"
             )
         return before, middle, factor, after
 
@@ -155,8 +169,8 @@ def _evaluate_list(node: ast.expr) -> list[tuple[int, int, int]]:
 def _integers(node: ast.expr) -> tuple[int, int, int]:
     items = node.elts if isinstance(node, ast.Tuple) else []
     values = [item.value for item in items if isinstance(item, ast.Constant) and type(item.value) is int]
-    if len(items) != 3 or len(values) != 3 or max(values) > 1 << 20:
-        raise ValueError("every block is a tuple of three integers")
+    if len(items) != 3 or len(values) != 3 or max(values) > MAX_WIDTH:
+        raise ValueError(f"every block is a tuple of three integers, none above {MAX_WIDTH}")
     return values[0], values[1], values[2]
 
 

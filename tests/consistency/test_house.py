@@ -16,7 +16,7 @@ from wav2vec2.config import TRAIN_SECTIONS, InferenceConfig
 from wav2vec2.logging import INFERENCE_METRICS, METRICS
 
 LEAVES = ("errors", "entry", "flags", "rng", "schedules", "distributed", "labels")
-SERVICES = ("metrics", "logger", "checkpoint", "torch_file", "precision", "optim", "ema", "data")
+SERVICES = ("metrics", "logger", "checkpoint", "torch_file", "pickle_check", "precision", "optim", "ema", "data")
 ASSEMBLY = (
     *("arg_parser", "build", "config_checks", "decoding", "evaluate"),
     *("latency", "logging", "run", "start", "transcribe", "convert"),

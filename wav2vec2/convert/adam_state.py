@@ -17,8 +17,10 @@ from common.schedules import make_schedule
 from wav2vec2.config import Config
 from wav2vec2.convert.contents import Contents
 from wav2vec2.convert.names import NameTable
+from wav2vec2.convert.stand_ins import count_in, number_in
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+SCALER_COUNTERS = ("num_skipped", "since_overflow", "since_change", "overflows_since_change")
 
 # Original names that the optimizer sees as one parameter, in its order: mostly one, or q, k and v stacked.
 Groups = Sequence[Sequence[str]]
@@ -89,11 +91,10 @@ def keeps_flat(config: Config) -> bool:
 
 def scaler_state(state: Any) -> dict[str, Any] | None:
     """The state of the loss scaler, if the optimizer state has a scale; its counters begin anew."""
-    scale = state.get("loss_scale") if isinstance(state, Mapping) else None
-    if not isinstance(scale, (int, float)):
+    scale = number_in(state, "loss_scale")
+    if scale is None or scale <= 0:
         return None
-    counters = dict.fromkeys(("num_skipped", "since_overflow", "since_change", "overflows_since_change"), 0)
-    return {"scale": float(scale), **counters}
+    return {"scale": float(scale), **dict.fromkeys(SCALER_COUNTERS, 0)}
 
 
 def _entries(
@@ -106,7 +107,7 @@ def _entries(
     sizes = [sum(weights[name].numel() for name in names) for names in groups]
     flat = found.get(0, {})
     if len(found) == 1 and len(groups) > 1 and _numel(flat) == sum(sizes):
-        vectors = {moment: _unscaled(where, flat, moment).flatten().split(sizes) for moment in MOMENTS}
+        vectors = {moment: _unscaled(where, flat, moment, sum(sizes)).split(sizes) for moment in MOMENTS}
         step = {"step": _step(where, flat, state)}
         return [{moment: vectors[moment][i] for moment in MOMENTS} | step for i in range(len(groups))]
     if not set(found) <= set(range(len(groups))):
@@ -120,19 +121,19 @@ def _apart(
     """One moment of the parameters of a group, in their own shapes."""
     if entry is None:
         return {name: torch.zeros(weights[name].shape) for name in names}
-    value = _unscaled(where, entry, moment)
-    if value.numel() != sum(weights[name].numel() for name in names):
-        raise _other(where, f"{moment} of {names[0]} has {value.numel()} entries")
-    pieces = value.flatten().split([weights[name].numel() for name in names])
+    sizes = [weights[name].numel() for name in names]
+    pieces = _unscaled(where, entry, moment, sum(sizes)).split(sizes)
     return {name: piece.view(weights[name].shape) for name, piece in zip(names, pieces, strict=True)}
 
 
-def _unscaled(where: str, entry: Mapping[str, Any], moment: str) -> Tensor:
-    """A moment in fp32; fairseq keeps 16-bit ones beside the scale that they were divided by."""
-    value, scale = entry.get(moment), entry.get(f"{moment}_scale", 1.0)
-    if not isinstance(value, Tensor) or not isinstance(scale, (int, float, Tensor)):
+def _unscaled(where: str, entry: Mapping[str, Any], moment: str, length: int) -> Tensor:
+    """A moment as a vector in fp32; fairseq keeps 16-bit ones beside the scale that they were divided by."""
+    value, scale = entry.get(moment), number_in({f"{moment}_scale": 1.0, **entry}, f"{moment}_scale")
+    if not isinstance(value, Tensor) or not value.is_floating_point() or scale is None:
         raise _other(where, f"it has no {moment}")
-    return value.float() * scale
+    if value.numel() != length:
+        raise _other(where, f"an {moment} has {value.numel()} entries instead of {length}")
+    return value.float().flatten() * scale
 
 
 def _numel(entry: Mapping[str, Any]) -> int:
@@ -144,12 +145,10 @@ def _step(where: str, entry: Mapping[str, Any], state: Mapping[str, Any]) -> int
     """The count of updates beside the moments, or beside the options of the group."""
     options = state.get("param_groups")
     first = options[0] if isinstance(options, (list, tuple)) and options else {}
-    step = entry.get("step", first.get("step") if isinstance(first, Mapping) else None)
-    if isinstance(step, Tensor) and step.numel() == 1:
-        step = step.item()
-    if not isinstance(step, (int, float)):
+    step = count_in(entry if "step" in entry else first, "step")
+    if step is None:
         raise _other(where, "it does not count its updates")
-    return int(step)
+    return step
 
 
 def _group(config: Config, parameters: int, step: int) -> dict[str, Any]:

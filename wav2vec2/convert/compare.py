@@ -11,6 +11,7 @@ from torch import Tensor
 from common.data.audio import normalize
 from wav2vec2.config import DropoutConfig
 from wav2vec2.convert.contents import PRETRAINING_HEADS, Contents
+from wav2vec2.convert.huggingface_labels import NEVER
 from wav2vec2.model import Wav2Vec2Ctc, Wav2Vec2Model
 
 TOLERANCE = 1e-5  # of the largest entry: rounding in float32
@@ -35,7 +36,8 @@ def _outputs(contents: Contents) -> dict[str, Tensor]:
         ctc.load_state_dict({"w2v.mask_emb": ctc.w2v.mask_emb, **weights})
         trunk: Wav2Vec2Model = ctc.eval().w2v
         encoded = trunk(audio_BS)
-        return {"frames": encoded.x_BTD, "logits": ctc.proj(encoded.x_BTD)}
+        possible = ctc.proj.bias > NEVER / 2  # a made-up row would be the largest entry, and hide the others
+        return {"frames": encoded.x_BTD, "logits": ctc.proj(encoded.x_BTD)[..., possible]}
     model = Wav2Vec2Model(contents.config.model, DropoutConfig())
     has_heads = any(name.startswith(PRETRAINING_HEADS) for name in weights)
     fresh = {name: value for name, value in model.state_dict().items() if name not in weights}

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.errors import CheckpointError
+from common.errors import CheckpointError, DataError, one_line
+from common.labels import Dictionary
 from wav2vec2.config import Config, DropoutConfig
 from wav2vec2.model import Wav2Vec2Ctc, Wav2Vec2Model
 
@@ -82,6 +83,42 @@ def needed_shapes(config: Config, num_symbols: int) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in empty_model(config, num_symbols).state_dict().items()}
 
 
+def weights_of(where: str, found: Any, entry: str = "model") -> dict[str, Tensor]:
+    """An entry of a file that should be a table of weights. Raises CheckpointError where it is not."""
+    if not isinstance(found, Mapping) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        raise CheckpointError(f"{where}: its entry {entry!r} is not a table of weights; use another file")
+    other = [str(name) for name, tensor in found.items() if not tensor.is_floating_point()]
+    if other:
+        raise CheckpointError(f"{where}: has weights that are no floating-point numbers: {listed(other)}")
+    return {str(name): tensor.detach() for name, tensor in found.items()}
+
+
+def output_rows(where: str, mode: str, weights: Mapping[str, Tensor], name: str) -> int:
+    """Rows of the output layer, of which a fine-tuned model has some. Raises CheckpointError if it has none."""
+    matrix = weights.get(name)
+    if matrix is not None and matrix.ndim == 2 and matrix.numel():
+        return len(matrix)
+    if mode == "finetune":
+        raise CheckpointError(f"{where}: is a fine-tuned model without the matrix {name}; use another file")
+    return 0
+
+
+def symbols_of(where: str, symbols: Any, num_symbols: int) -> tuple[str, ...]:
+    """The symbols of the output layer, in the order of its rows. Raises CheckpointError if they are not that."""
+    if not isinstance(symbols, (list, tuple)) or not all(isinstance(symbol, str) for symbol in symbols):
+        raise CheckpointError(f"{where}: its symbols are not a list of texts; use another file")
+    if len(symbols) != num_symbols:
+        raise CheckpointError(
+            f"{where}: names {len(symbols)} symbols, its output layer has {num_symbols} rows; use another file"
+        )
+    if any(symbol.split() != [symbol] for symbol in symbols):
+        raise CheckpointError(f"{where}: has a symbol with white space, which no dictionary can hold; use another file")
+    try:
+        return tuple(Dictionary.from_symbols(symbols).symbols)
+    except DataError as error:
+        raise CheckpointError(f"{where}: its symbols cannot be used: {one_line(error)}") from None
+
+
 def check_complete(where: str, found: Mapping[str, Tensor], config: Config, num_symbols: int) -> None:
     """Refuse weights that are not those of the architecture; a pre-trained file may lack heads and mask embedding.
 
@@ -94,6 +131,21 @@ def check_complete(where: str, found: Mapping[str, Tensor], config: Config, num_
         optional |= heads
     problems = [
         *(f"{name} is missing" for name in needed if name not in found and name not in optional),
+        *_misfits(found, needed),
+    ]
+    if problems:
+        raise CheckpointError(f"{where}: its weights are not those of its architecture: {listed(problems)}")
+
+
+def check_part(where: str, what: str, found: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Refuse what belongs to `weights` (averages, moments) and has other names or shapes. Raises CheckpointError."""
+    problems = _misfits(found, {name: tensor.shape for name, tensor in weights.items()})
+    if problems:
+        raise CheckpointError(f"{where}: its {what} are not those of its weights: {listed(problems)}")
+
+
+def _misfits(found: Mapping[str, Tensor], needed: Mapping[str, torch.Size]) -> list[str]:
+    return [
         *(f"{name} has no place" for name in found if name not in needed),
         *(
             f"{name} is {list(found[name].shape)} instead of {list(shape)}"
@@ -101,12 +153,10 @@ def check_complete(where: str, found: Mapping[str, Tensor], config: Config, num_
             if name in found and found[name].shape != shape
         ),
     ]
-    if problems:
-        raise CheckpointError(f"{where}: its weights are not those of its architecture: {listed(problems)}")
 
 
 def listed(items: Iterable[str], most: int = 30) -> str:
     """A list in one line, its end cut off where it is long."""
     items = list(items)
     rest = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + rest
+    return ", ".join(one_line(item, 300) for item in items[:most]) + rest

@@ -15,14 +15,22 @@ from typing import Any
 from torch import Tensor
 
 from common import torch_file
-from common.errors import CheckpointError
-from common.labels import SPECIAL_SYMBOLS
+from common.errors import CheckpointError, shown
 from wav2vec2.convert import adam_state
-from wav2vec2.convert.contents import Contents, check_complete, listed, needed_shapes
+from wav2vec2.convert.contents import (
+    Contents,
+    check_complete,
+    check_part,
+    listed,
+    needed_shapes,
+    output_rows,
+    symbols_of,
+    weights_of,
+)
 from wav2vec2.convert.fairseq_settings import settings
 from wav2vec2.convert.names import optimizer_groups, original_names, original_order
 from wav2vec2.convert.options import numbers, to_config
-from wav2vec2.convert.stand_ins import StandIn, plain
+from wav2vec2.convert.stand_ins import StandIn, count_in, number_in, plain, table_in
 
 _MODES = {"wav2vec2": "pretrain", "wav2vec_ctc": "finetune"}
 _SECTIONS_READ = ("common", "dataset", "optimization", "optimizer", "lr_scheduler", "criterion", "task", "model")
@@ -35,6 +43,7 @@ _OF_THE_RUN = ("normalize", "sample_rate", "fp16", "bf16", "amp", "max_tokens", 
 _OPTIMIZER = ("adam_betas", "adam_eps", "weight_decay", "clip_norm")
 _PRETRAINING_HEAD = re.compile(r"w2v_encoder\.w2v_model\.(quantizer|project_q|final_proj)\.")
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+_MAX_NUMBER = 1e15  # above that, and without end, it is no number of updates and no rate
 
 
 def recognises(content: Any) -> bool:
@@ -51,32 +60,33 @@ def to_contents(path: str | Path, content: Mapping[str, Any]) -> Contents:
     mode, options = _mode_and_options(where, cfg, model)
     config, remarks = to_config(where, mode, options)
     foreign, told = _without_idle_heads(weights_of(where, content["model"]), mode)
-    num_symbols = len(foreign.get("w2v_encoder.proj.weight", ()))
-    table = original_names(config.model)
+    num_symbols = output_rows(where, mode, foreign, "w2v_encoder.proj.weight")
+    names = original_names(config.model)
     shapes = needed_shapes(config, num_symbols)
-    weights = table.to_native(where, foreign, shapes)
+    weights = names.to_native(where, foreign, shapes)
     check_complete(where, weights, config, num_symbols)
-    rest = {key: content.get(key) for key in ("optimizer_history", "extra_state", "labels")}
-    rest = plain(where, {**rest, "task_state": content.get("task_state")})
-    extra, history = _table(rest, "extra_state"), rest["optimizer_history"] or [{}]
-    averaged = _table(extra, "ema")
-    optimizer, state = None, content.get("last_optimizer_state")
-    if isinstance(state, Mapping) and state.get("state"):
+    rest = plain(where, {key: content.get(key) for key in ("optimizer_history", "labels", "task_state")})
+    extra, state = table_in(content, "extra_state"), table_in(content, "last_optimizer_state")
+    averaged = names.to_native(where, weights_of(where, table_in(extra, "ema"), "ema"), shapes)
+    check_part(where, "averaged weights", averaged, weights)
+    optimizer = None
+    if table_in(state, "state"):
         groups = optimizer_groups(foreign)
-        optimizer, counted = adam_state.read(where, state, groups, foreign, table, list(weights))
+        optimizer, counted = adam_state.read(where, state, groups, foreign, names, list(weights))
         told += counted
-    iterator = _table(extra, "train_iterator")
+    epoch = count_in(table_in(extra, "train_iterator"), "epoch")
+    history = rest["optimizer_history"] if isinstance(rest["optimizer_history"], list) else []
     return Contents(
         source="fairseq",
         config=config,
         weights=weights,
         labels=_labels(where, rest, num_symbols),
-        averaged=table.to_native(where, weights_of(where, averaged), shapes) if averaged else None,
+        averaged=averaged or None,
         optimizer=optimizer,
         scaler=adam_state.scaler_state(state),
-        loader={"epoch": iterator["epoch"], "position": 0} if isinstance(iterator.get("epoch"), int) else None,
-        step=history[-1].get("num_updates"),
-        best=_best(mode, _table(cfg, "checkpoint") or cfg, extra.get("best")),
+        loader=None if epoch is None else {"epoch": epoch, "position": 0},
+        step=count_in(history[-1] if history else None, "num_updates"),
+        best=_best(mode, table_in(cfg, "checkpoint") or cfg, number_in(extra, "best")),
         remarks=(*remarks, *told),
     )
 
@@ -126,13 +136,6 @@ def to_content(contents: Contents, data: str) -> dict[str, Any]:
     return content
 
 
-def weights_of(where: str, found: Any) -> dict[str, Tensor]:
-    """The entry of a file that should be a table of tensors."""
-    if not isinstance(found, Mapping) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
-        raise CheckpointError(f"{where}: its entry 'model' is not a table of weights; use another file")
-    return {str(name): tensor.detach() for name, tensor in found.items()}
-
-
 def refuse_projection(program: str, contents: Contents) -> None:
     """The originals have no projection of the features where it does not change their width."""
     model = contents.config.model
@@ -146,13 +149,13 @@ def refuse_projection(program: str, contents: Contents) -> None:
 def _mode_and_options(where: str, cfg: Mapping[str, Any], model: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The mode and all options that count, in one table."""
     kind = model.get("_name") or model.get("arch")
-    if kind not in _MODES:
+    if not isinstance(kind, str) or kind not in _MODES:
         raise CheckpointError(
-            f"{where}: holds a model {str(kind)[:40]!r} of fairseq; this toolkit has {' and '.join(_MODES)}"
+            f"{where}: holds a model {shown(kind)} of fairseq; this toolkit has {' and '.join(_MODES)}"
         )
     options = _merged(cfg, model)
     options |= _schedule(cfg, options)
-    if _MODES[str(kind)] == "pretrain":
+    if _MODES[kind] == "pretrain":
         return "pretrain", options
     trunk = model.get("w2v_args")
     if not isinstance(trunk, Mapping):
@@ -197,7 +200,7 @@ def _as_numbers(value: Any) -> list[float]:
     except ValueError:
         return []
     found = found if isinstance(found, (list, tuple)) else [found]
-    return list(found) if all(isinstance(number, (int, float)) for number in found) else []
+    return list(found) if all(isinstance(item, (int, float)) and abs(item) < _MAX_NUMBER for item in found) else []
 
 
 def _without_idle_heads(weights: dict[str, Tensor], mode: str) -> tuple[dict[str, Tensor], list[str]]:
@@ -207,13 +210,12 @@ def _without_idle_heads(weights: dict[str, Tensor], mode: str) -> tuple[dict[str
     return kept, [f"{listed(idle)}: of pre-training, not used here"] if idle else []
 
 
-def _best(mode: str, options: Mapping[str, Any], best: Any) -> float | None:
+def _best(mode: str, options: Mapping[str, Any], best: float | None) -> float | None:
     """The best validation result, if it is of what this toolkit looks at: the loss, or in fine-tuning the WER."""
     metric = {"pretrain": "loss", "finetune": "wer"}[mode]
     if options.get("best_checkpoint_metric", "loss") != metric or options.get("maximize_best_checkpoint_metric"):
         return None
-    best = best.item() if isinstance(best, Tensor) and best.numel() == 1 else best
-    return float(best) if isinstance(best, (int, float)) else None
+    return None if best is None else float(best)
 
 
 def _settings(where: str, content: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
@@ -234,7 +236,7 @@ def _merged(cfg: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
     """The options of all sections; those of the model count most."""
     merged: dict[str, Any] = {}
     for name in _SECTIONS_READ:
-        merged |= _table(cfg, name)
+        merged |= table_in(cfg, name)
     merged |= model
     return {name: _resolved(cfg, value) for name, value in merged.items()}
 
@@ -250,21 +252,10 @@ def _resolved(cfg: Mapping[str, Any], value: Any) -> Any:
     return value if found is None else found
 
 
-def _table(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    section = settings.get(name)
-    return section if isinstance(section, Mapping) else {}
-
-
 def _labels(where: str, rest: Mapping[str, Any], num_symbols: int) -> tuple[str, ...] | None:
     """The symbols of a pickled Dictionary, or those that this toolkit wrote."""
-    symbols = rest["labels"] or _table(_table(rest, "task_state"), "target_dictionary").get("symbols")
-    if not num_symbols or not isinstance(symbols, list):
-        return None
-    if len(symbols) != num_symbols or tuple(symbols[:4]) != SPECIAL_SYMBOLS:
-        raise CheckpointError(
-            f"{where}: its dictionary has {len(symbols)} symbols, its output layer {num_symbols} rows; use another file"
-        )
-    return tuple(str(symbol) for symbol in symbols)
+    symbols = rest["labels"] or table_in(table_in(rest, "task_state"), "target_dictionary").get("symbols")
+    return symbols_of(where, symbols, num_symbols) if num_symbols and symbols else None
 
 
 def write(path: Path, contents: Contents) -> None:

@@ -19,11 +19,18 @@ import torch
 from torch import Tensor
 
 from common import torch_file
-from common.errors import CheckpointError
-from common.labels import Dictionary
+from common.errors import CheckpointError, one_line, shown
 from wav2vec2.config import Config
 from wav2vec2.convert import huggingface_config, huggingface_labels
-from wav2vec2.convert.contents import MASK_EMBEDDING, PRETRAINING_HEADS, Contents, check_complete, listed, needed_shapes
+from wav2vec2.convert.contents import (
+    MASK_EMBEDDING,
+    PRETRAINING_HEADS,
+    Contents,
+    check_complete,
+    listed,
+    needed_shapes,
+    symbols_of,
+)
 from wav2vec2.convert.names import huggingface_names
 
 _MODES = {"Wav2Vec2ForPreTraining": "pretrain", "Wav2Vec2Model": "pretrain", "Wav2Vec2ForCTC": "finetune"}
@@ -136,11 +143,7 @@ def _refuse(contents: Contents) -> None:
             "--to huggingface: its fine-tuned folders hold the symbols of the output layer, which this one lacks; "
             "name their file with --dictionary"
         )
-    if len(Dictionary.from_symbols(contents.labels)) != contents.num_symbols:
-        raise CheckpointError(
-            f"--to huggingface: there are {len(contents.labels)} symbols for {contents.num_symbols} rows of the output "
-            "layer; use another file"
-        )
+    symbols_of("--to huggingface", contents.labels, contents.num_symbols)
 
 
 # ---- Weights --------------------------------------------------------------------------------------------------------
@@ -151,7 +154,7 @@ def _native(where: str, config: Config, found: Mapping[str, Tensor], number: int
     try:
         shapes = needed_shapes(config, number)
     except RuntimeError as error:
-        raise CheckpointError(f"{where}: config.json: its sizes cannot be used ({_first_line(error)})") from error
+        raise CheckpointError(f"{where}: config.json: its sizes cannot be used ({one_line(error, 100)})") from error
     weights = huggingface_names().to_native(where, found, shapes)
     check_complete(where, weights, config, number)
     return weights
@@ -209,7 +212,7 @@ def _shards(index: Path) -> dict[str, Tensor]:
     for name in sorted(set(places.values())):
         if not _NAMED.fullmatch(name):
             raise CheckpointError(
-                f"{index}: names {name[:80]!r}, which is no file of weights beside it; it is not read"
+                f"{index}: names {shown(name)}, which is no file of weights beside it; it is not read"
             )
         tensors = _tensors(index.parent / name)
         twice = [key for key in tensors if key in found]
@@ -248,7 +251,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
             f"{path}: cannot be read ({error.strerror or error}); check path and permissions"
         ) from None
     except _SAFETENSORS_ERRORS as error:
-        raise torch_file.damaged(path, _first_line(error)) from error
+        raise torch_file.damaged(path, one_line(error, 100)) from error
 
 
 def _output_rows(where: str, options: Mapping[str, Any], found: Mapping[str, Tensor]) -> int:
@@ -259,7 +262,7 @@ def _output_rows(where: str, options: Mapping[str, Any], found: Mapping[str, Ten
     claimed = options.get("vocab_size", len(weight))
     if claimed != len(weight):
         raise CheckpointError(
-            f"{where}: config.json: vocab_size {str(claimed)[:40]}: the output layer has {len(weight)} rows; "
+            f"{where}: config.json: vocab_size {shown(claimed)}: the output layer has {len(weight)} rows; "
             "correct config.json"
         )
     return len(weight)
@@ -273,7 +276,7 @@ def _mode(where: str, options: Mapping[str, Any], found: Mapping[str, Tensor]) -
     classes = options.get("architectures") or ["Wav2Vec2ForCTC" if _OUTPUT in found else "Wav2Vec2Model"]
     if not isinstance(classes, list) or classes[0] not in list(_MODES):
         raise CheckpointError(
-            f"{where}: config.json: has the architecture {str(classes)[:80]}; this toolkit has {', '.join(_MODES)}"
+            f"{where}: config.json: has the architecture {shown(classes)}; this toolkit has {', '.join(_MODES)}"
         )
     return _MODES[classes[0]]
 
@@ -300,12 +303,7 @@ def _json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check path and permissions") from None
     except (ValueError, RecursionError) as error:
-        raise torch_file.damaged(path, _first_line(error)) from None
+        raise torch_file.damaged(path, one_line(error, 100)) from None
     if not isinstance(table, dict):
         raise torch_file.damaged(path, "it is no table")
     return table
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:100] if lines else type(error).__name__

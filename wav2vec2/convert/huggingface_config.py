@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from common import flags
-from common.errors import CheckpointError, ConfigError
+from common.errors import CheckpointError, ConfigError, one_line, shown
 from wav2vec2.config import Config, ObjectiveConfig
 
 # transformers' name: our section and name, and what transformers takes where a file does not say.
@@ -70,7 +70,7 @@ def to_config(
     for name, ours in _FIXED.items():
         if options.get(name, ours) != ours:
             raise CheckpointError(
-                f"{where}: has {name} {str(options[name])[:60]!r}, which this toolkit does not have (only {ours!r})"
+                f"{where}: has {name} {shown(options[name])}, which this toolkit does not have (only {ours!r})"
             )
     values: dict[str, dict[str, Any]] = {"model": {}, "dropout": {}, "mask": {}, "objective": {}}
     for name, (section, ours, default) in _OPTIONS.items():
@@ -87,9 +87,7 @@ def to_config(
     model["feature_projection"] = "always" if same_width else "needed"  # it is always there
     norm = options.get("feat_extract_norm", "group")
     if norm not in list(_NORMS):
-        raise CheckpointError(
-            f"{where}: has feat_extract_norm {str(norm)[:60]!r}; this toolkit has {', '.join(_NORMS)}"
-        )
+        raise CheckpointError(f"{where}: has feat_extract_norm {shown(norm)}; this toolkit has {', '.join(_NORMS)}")
     model["extractor_mode"] = _NORMS[norm]
     model["normalize"], model["sample_rate"] = (audio.get(name, default) for name, default in _AUDIO.items())
     if options.get("apply_spec_augment", True) is False:
@@ -99,7 +97,7 @@ def to_config(
     try:
         config = flags.from_dict(Config, {"mode": mode, **values})
     except (ConfigError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"{where}: has options that cannot be used: {error}") from error
+        raise CheckpointError(f"{where}: has options that cannot be used: {one_line(error)}") from error
     return config, (*_told(options), *_assumed(audio))
 
 
@@ -174,7 +172,7 @@ def _is_above(value: Any, limit: int) -> bool:
 
 def _told(options: Mapping[str, Any]) -> list[str]:
     return [
-        f"{name} {str(options[name])[:60]} has no counterpart in this toolkit (which has {ours})"
+        f"{name} {shown(options[name])} has no counterpart in this toolkit (which has {ours})"
         for name, ours in _UNUSED.items()
         if options.get(name, ours) != ours
     ]

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import CheckpointError
+from common.errors import CheckpointError, shown
 from common.labels import BLANK, SPECIAL_SYMBOLS, WORD_BOUNDARY
-from wav2vec2.convert.contents import listed
+from wav2vec2.convert.contents import listed, symbols_of
 
 # The bias of a row that the other side lacks: exp() of it is 0 beside any logit, and float16 can hold it, so that
 # the symbol is never chosen and the probabilities of the others stay what they are.
@@ -84,14 +84,15 @@ def find_rows(where: str, number: int, config: Mapping[str, Any], tables: Tables
         )
     specials = [_taken(left, (names[name], usual)) for name, usual in _SLOTS]
     labels = [WORD_BOUNDARY if symbol == names["word_delimiter_token"] else symbol for symbol in left.values()]
-    twice = [repr(symbol) for symbol, times in Counter([*SPECIAL_SYMBOLS, *labels]).items() if times > 1]
+    twice = [shown(symbol) for symbol, times in Counter([*SPECIAL_SYMBOLS, *labels]).items() if times > 1]
     if twice:
         raise CheckpointError(
             f"{where}: {listed(twice)} would name two rows of the output layer here, where {SPECIAL_SYMBOLS[0]} is the "
             f"blank and {WORD_BOUNDARY} the word boundary; rename one of them in {FILES[0]}"
         )
-    remarks = _remarks(number, symbols, names, tables)
-    return Rows((blank, *specials, *left), (*SPECIAL_SYMBOLS, *labels), tuple(remarks))
+    sources = (blank, *specials, *left)
+    symbols_here = symbols_of(where, (*SPECIAL_SYMBOLS, *labels), len(sources))
+    return Rows(sources, symbols_here, tuple(_remarks(number, symbols, names, tables)))
 
 
 def vocabulary(labels: tuple[str, ...]) -> dict[str, dict[str, Any]]:
@@ -140,11 +141,11 @@ def _symbols(where: str, tables: Tables) -> dict[int, str]:
     for file, symbol, row in found:
         if type(row) is not int or row < 0:
             raise CheckpointError(
-                f"{where}: {file}: is not a table of symbols and their rows: {symbol[:40]!r} has {str(row)[:40]!r}"
+                f"{where}: {file}: is not a table of symbols and their rows: {shown(symbol)} has {shown(row)}"
             )
         if symbols.setdefault(row, symbol) != symbol:
             raise CheckpointError(
-                f"{where}: {file}: row {row} is both {symbol[:40]!r} and {symbols[row][:40]!r}; correct one of them"
+                f"{where}: {file}: row {row} is both {shown(symbol)} and {shown(symbols[row])}; correct one of them"
             )
     return symbols
 
@@ -158,7 +159,7 @@ def _blank(
         blank = next((row for row, symbol in symbols.items() if symbol == names["pad_token"]), None)
     if type(blank) is not int or not 0 <= blank < number:
         raise CheckpointError(
-            f"{where}: config.json: pad_token_id {str(blank)[:40]}: is not a row of the output layer, which has "
+            f"{where}: config.json: pad_token_id {shown(blank)}: is not a row of the output layer, which has "
             f"{number}; set it to that of the blank"
         )
     return blank
@@ -172,9 +173,10 @@ def _check_pad(
     rows = [row for row, symbol in symbols.items() if symbol == pad]
     is_said = pad is not None and any("pad_token" in tables.get(file, {}) for file in FILES[2:])
     if (rows and blank not in rows) or (is_said and symbols.get(blank, pad) != pad):
+        symbol = shown(symbols[blank]) if blank in symbols else "without a symbol"
         raise CheckpointError(
-            f"{where}: the blank is row {blank} ({symbols.get(blank, 'without a symbol')!r}) by pad_token_id in "
-            f"config.json, and {pad!r} by the tokenizer's pad_token; correct the wrong one"
+            f"{where}: the blank is row {blank} ({symbol}) by pad_token_id in config.json, and {shown(pad)} by the "
+            "tokenizer's pad_token; correct the wrong one"
         )
 
 
@@ -190,11 +192,13 @@ def _remarks(number: int, symbols: Mapping[int, str], names: Mapping[str, str | 
     """What the folder says about its symbols that has no place here."""
     settings = tables.get("tokenizer_config.json", {})
     remarks = [
-        f"{name} is {str(settings[name])[:60]!r}: transformers makes text of the symbols in another way"
+        f"{name} is {shown(settings[name])}: transformers makes text of the symbols in another way"
         for name, usual in _SPELLING.items()
         if settings.get(name) is not None and settings[name] not in usual
     ]
-    beyond = [repr(symbol) for row, symbol in sorted(symbols.items()) if row >= number and symbol not in names.values()]
+    beyond = [
+        shown(symbol) for row, symbol in sorted(symbols.items()) if row >= number and symbol not in names.values()
+    ]
     if beyond:
         remarks.append(f"the output layer has no rows for the symbols {listed(beyond)}")
     return remarks

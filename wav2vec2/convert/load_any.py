@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from common import checkpoint, torch_file
-from common.errors import CheckpointError, DataError
+from common.errors import CheckpointError, DataError, one_line, shown
 from common.labels import SPECIAL_SYMBOLS, Dictionary
 from wav2vec2.convert import fairseq, huggingface, native, nvidia
 from wav2vec2.convert.contents import Contents
@@ -35,9 +35,10 @@ def load_any(path: str | Path) -> Contents:
         if program.recognises(content):
             contents = program.to_contents(path, content)
             return replace(contents, origin=f"{contents.source}: {path.name}")
-    found = f"the entries {', '.join(map(str, list(content)[:5]))}" if isinstance(content, Mapping) else "no table"
+    entries = ", ".join(map(shown, list(content)[:5])) if isinstance(content, Mapping) else "no table"
     raise CheckpointError(
-        f"{path}: is a torch file, but not a checkpoint of {', '.join(FORMATS)} ({found[:120]}); use another file"
+        f"{path}: is a torch file, but not a checkpoint of {', '.join(FORMATS)} (it has {one_line(entries, 120)}); "
+        "use another file"
     )
 
 

@@ -57,14 +57,17 @@ class NameTable:
         broken = [f"{name} is there in another spelling too" for name in twice]
         for name in native_names:
             names = self.foreign(name)
+            absent = [part for part in names if part not in left]
             parts = [left.pop(part) for part in names if part in left]
-            if len(parts) == len(names):
+            if len({part.shape for part in parts}) > 1 or (len(parts) > 1 and not parts[0].ndim):
+                broken.append(f"shapes that do not go together: {', '.join(names)}")
+            elif len(parts) == len(names):
                 weights[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
             elif parts:
-                broken.append(f"of {', '.join(names)} only {len(parts)} are there")
+                broken += [f"{part} is missing" for part in absent]
         broken += [f"{name} has no place" for name in left]
         if broken:
-            raise CheckpointError(f"{where}: has weights that this toolkit cannot use: {listed(broken)}")
+            raise CheckpointError(f"{where}: has not the weights of its architecture: {listed(broken)}")
         return weights
 
 

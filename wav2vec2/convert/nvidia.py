@@ -8,15 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from common import torch_file
-from common.errors import CheckpointError
+from common.errors import CheckpointError, shown
 from common.labels import SPECIAL_SYMBOLS
 from wav2vec2.config import Config
 from wav2vec2.convert import adam_state
-from wav2vec2.convert.contents import Contents, check_complete, needed_shapes
-from wav2vec2.convert.fairseq import refuse_projection, weights_of
+from wav2vec2.convert.contents import (
+    Contents,
+    check_complete,
+    check_part,
+    needed_shapes,
+    output_rows,
+    symbols_of,
+    weights_of,
+)
+from wav2vec2.convert.fairseq import refuse_projection
 from wav2vec2.convert.names import optimizer_groups, original_names, original_order
 from wav2vec2.convert.options import from_config, schedule, to_config
-from wav2vec2.convert.stand_ins import plain
+from wav2vec2.convert.stand_ins import count_in, number_in, plain, table_in
 
 _MODES = ("pretrain", "finetune")
 
@@ -33,33 +41,34 @@ def to_contents(path: str | Path, content: Mapping[str, Any]) -> Contents:
     args = plain(where, content["args"])
     mode = args["mode"]
     if mode not in _MODES:
-        raise CheckpointError(f"{where}: has the mode {str(mode)[:40]!r}; this toolkit has {' and '.join(_MODES)}")
+        raise CheckpointError(f"{where}: has the mode {shown(mode)}; this toolkit has {' and '.join(_MODES)}")
     config, remarks = to_config(where, mode, args)
     foreign = weights_of(where, content["model"])
-    num_symbols = len(foreign.get("w2v_encoder.proj.weight", ()))
-    table = original_names(config.model)
+    num_symbols = output_rows(where, mode, foreign, "w2v_encoder.proj.weight")
+    names = original_names(config.model)
     shapes = needed_shapes(config, num_symbols)
-    weights = table.to_native(where, foreign, shapes)
+    weights = names.to_native(where, foreign, shapes)
     check_complete(where, weights, config, num_symbols)
-    averaged = content.get("ema_model")
-    optimizer, state = None, content.get("optimizer")
+    averaged = names.to_native(where, weights_of(where, table_in(content, "ema_model"), "ema_model"), shapes)
+    check_part(where, "averaged weights", averaged, weights)
+    optimizer, state = None, table_in(content, "optimizer")
     told: list[str] = []
-    if isinstance(state, Mapping) and state.get("state"):
+    if table_in(state, "state"):
         groups = optimizer_groups(foreign, stacked=args.get("mha") != "fairseq")
-        optimizer, told = adam_state.read(where, state, groups, foreign, table, list(weights))
-    progress = plain(where, content.get("train_state") or {})
-    best = progress.get("best_val_wer" if mode == "finetune" else "best_val_loss")
+        optimizer, told = adam_state.read(where, state, groups, foreign, names, list(weights))
+    progress = table_in(content, "train_state")
+    epoch = count_in(progress, "epoch")
     return Contents(
         source="nvidia",
         config=config,
         weights=weights,
         labels=_labels(where, content.get("output_labels"), num_symbols),
-        averaged=table.to_native(where, weights_of(where, averaged), shapes) if averaged else None,
+        averaged=averaged or None,
         optimizer=optimizer,
         scaler=adam_state.scaler_state(state),
-        loader={"epoch": progress["epoch"], "position": 0} if isinstance(progress.get("epoch"), int) else None,
-        step=progress.get("step"),
-        best=best if isinstance(best, (int, float)) and best != float("inf") else None,
+        loader=None if epoch is None else {"epoch": epoch, "position": 0},
+        step=count_in(progress, "step"),
+        best=number_in(progress, "best_val_wer" if mode == "finetune" else "best_val_loss"),
         remarks=(*remarks, *told),
     )
 
@@ -108,11 +117,7 @@ def _labels(where: str, text: Any, num_symbols: int) -> tuple[str, ...] | None:
     if not num_symbols or not isinstance(text, str):
         return None
     symbols = (*SPECIAL_SYMBOLS, *(line.rsplit(" ", 1)[0] for line in text.splitlines() if line.strip()))
-    if len(symbols) != num_symbols:
-        raise CheckpointError(
-            f"{where}: names {len(symbols)} symbols, its output layer has {num_symbols} rows; use another file"
-        )
-    return symbols
+    return symbols_of(where, symbols, num_symbols)
 
 
 def _best(contents: Contents, mode: str) -> float:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from common import flags
-from common.errors import CheckpointError, ConfigError
+from common.errors import CheckpointError, ConfigError, one_line, shown
 from common.schedules import all_settings
 from wav2vec2.config import Config, DropoutConfig, MaskConfig, ModelConfig, ObjectiveConfig, OptimConfig
 
@@ -90,10 +90,10 @@ def to_config(where: str, mode: str, options: Mapping[str, Any]) -> tuple[Config
     for name, allowed in (_FIXED | (_FIXED_IN_PRETRAINING if mode == "pretrain" else {})).items():
         if name in options and options[name] not in allowed:
             raise CheckpointError(
-                f"{where}: has {name} {_shown(options[name])}, which this toolkit does not have (only {allowed[0]!r})"
+                f"{where}: has {name} {shown(options[name])}, which this toolkit does not have (only {allowed[0]!r})"
             )
     remarks = [
-        f"{name} {_shown(options[name])} has no counterpart in this toolkit"
+        f"{name} {shown(options[name])} has no counterpart in this toolkit"
         for name, usual in _UNUSED.items()
         if name in options and options[name] not in usual
     ]
@@ -104,10 +104,10 @@ def to_config(where: str, mode: str, options: Mapping[str, Any]) -> tuple[Config
         for key, names in _OF_THE_RUN.items():
             sections[key] = {name: values[name] for name in names if name in values and _usable(key, name, values)}
             unusable = [name for name in names if values.get(name) and name not in sections[key]]
-            remarks += [f"{name} {_shown(values[name])} has no counterpart in this toolkit" for name in unusable]
+            remarks += [f"{name} {shown(values[name])} has no counterpart in this toolkit" for name in unusable]
         config = flags.from_dict(Config, {"mode": mode, **sections})
     except (ConfigError, ValueError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"{where}: has options that cannot be used: {error}") from error
+        raise CheckpointError(f"{where}: has options that cannot be used: {one_line(error)}") from error
     try:
         schedule(config)
     except ConfigError as error:
@@ -137,7 +137,7 @@ def _values(options: Mapping[str, Any], mode: str) -> dict[str, Any]:
     for name in _TUPLES:
         if isinstance(values.get(name), str):
             values[name] = numbers(name, values[name])
-        if name in values:
+        if values.get(name) is not None:
             values[name] = [float(value) for value in values[name]]
     for name in ("lr", "update_freq"):
         if isinstance(values.get(name), (list, tuple)) and values[name]:
@@ -170,17 +170,12 @@ def _two_weights(weights: list[float], quantized: bool) -> list[float]:
         return weights
     if len(weights) == 1:
         return [weights[0] if quantized else 0.0, weights[0]]
-    raise ValueError(f"loss_weights {weights}: there are {2 if quantized else 1} terms to weigh")
+    raise ValueError(f"loss_weights {shown(weights)}: there are {2 if quantized else 1} terms to weigh")
 
 
 def numbers(name: str, text: str) -> list[float]:
     """'(2.0, 0.5)' or '[2.0, 0.5]' as numbers; nothing is evaluated. Raises ValueError."""
-    match = re.fullmatch(r"\s*[\[(]([-+.\deE,\s]{1,200})[\])]\s*", text)
+    match = re.fullmatch(r"\s*[\[(]([-+.0-9eE,\s]{1,200})[\])]\s*", text)
     if match is None:
-        raise ValueError(f"{name} {_shown(text)}: is not a list of numbers")
+        raise ValueError(f"{name} {shown(text)}: is not a list of numbers")
     return [float(part) for part in match[1].split(",") if part.strip()]
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -8,17 +8,20 @@ dicts and lists. No class of those packages is imported, and no name outside the
 from __future__ import annotations
 
 import codecs
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from common.errors import CheckpointError
+from common.errors import CheckpointError, shown
 
-# A file of nested settings is at most a few levels deep and some thousand entries large.
+# Settings are a few levels deep and, with a large dictionary, some 100 000 entries large; long text counts as several.
 _MAX_DEPTH = 100
-_MAX_ENTRIES = 200_000
+_MAX_ENTRIES = 1_000_000
+_CHARACTERS_PER_ENTRY = 8
+_MAX_KEY_LENGTH = 200
 
 _PACKAGES = ("fairseq.", "omegaconf.", "typing.")
 _TYPES = ("dict", "list", "tuple", "set", "int", "float", "str", "bool", "bytes", "object", "complex")
@@ -68,11 +71,31 @@ def stand_in(name: str) -> Any | None:
 
 
 def plain(where: str, value: Any) -> Any:
-    """Settings and stand-ins as dicts, lists, numbers and text; what has no such form becomes None.
+    """Settings and stand-ins as dicts by name, lists, numbers and text; what has no such form becomes None.
 
     Raises CheckpointError where they are nested or repeated beyond any use.
     """
     return _Unwrapping(where).plain(value, 0)
+
+
+def table_in(found: Any, name: str) -> Mapping[str, Any]:
+    """A table in a table of a file; empty where there is none."""
+    section = found.get(name) if isinstance(found, Mapping) else None
+    return section if isinstance(section, Mapping) else {}
+
+
+def number_in(found: Any, name: str) -> float | None:
+    """A finite number in a table of a file, also as a tensor; None where there is none."""
+    value = found.get(name) if isinstance(found, Mapping) else None
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def count_in(found: Any, name: str) -> int | None:
+    """A number of things in a table of a file; None where there is none."""
+    value = number_in(found, name)
+    return int(value) if value is not None and value >= 0 else None
 
 
 class _Unwrapping:
@@ -83,13 +106,16 @@ class _Unwrapping:
         self._left = _MAX_ENTRIES
 
     def plain(self, value: Any, depth: int) -> Any:
-        self._left -= 1
+        self._left -= 1 + (len(value) // _CHARACTERS_PER_ENTRY if isinstance(value, (str, bytes)) else 0)
         if depth > _MAX_DEPTH or self._left < 0:
             raise CheckpointError(f"{self._where}: its settings are nested or repeated without end; use another file")
-        if value is None or isinstance(value, (bool, int, float, str, bytes, Tensor)):
+        if value is None or isinstance(value, (bool, int, float, str, bytes)):
             return value
+        if isinstance(value, Tensor):
+            return value.item() if value.numel() == 1 else None
         if isinstance(value, Mapping):
-            return {key: self.plain(item, depth + 1) for key, item in value.items() if isinstance(key, (str, int))}
+            names = [name for name in value if isinstance(name, str) and len(name) <= _MAX_KEY_LENGTH]
+            return {name: self.plain(value[name], depth + 1) for name in names}
         if isinstance(value, (list, tuple)):
             return [self.plain(item, depth + 1) for item in value]
         if isinstance(value, StandIn):
@@ -116,7 +142,7 @@ def _number(kind: _NumpyType, content: bytes = b"") -> float | int | bool:
     """numpy.core.multiarray.scalar."""
     state = kind.state if isinstance(kind, _NumpyType) else None
     order = state[1] if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">", "|") else "<"
-    code = str(kind.arguments[0]) if isinstance(kind, _NumpyType) and kind.arguments else ""
-    if len(code) != 2 or code[0] not in "fiub" or code[1] not in "1248":
-        raise ValueError(f"a NumPy number of type {code[:20]!r}")
+    code = kind.arguments[0] if isinstance(kind, _NumpyType) and kind.arguments else None
+    if not isinstance(code, str) or len(code) != 2 or code[0] not in "fiub" or code[1] not in "1248":
+        raise ValueError(f"a NumPy number of type {shown(code)}")
     return np.frombuffer(content, dtype=np.dtype(order + code), count=1)[0].item()

@@ -47,7 +47,12 @@ ARCHITECTURES = {
     "base": BASE,
     "large": BIG,
     "equal widths": {**BASE, "hidden_size": 16},
-    "odd kernel, other targets": {**BIG, "num_conv_pos_embeddings": 7, "codevector_dim": 20, "num_codevector_groups": 4},
+    "odd kernel, other targets": {
+        **BIG,
+        "num_conv_pos_embeddings": 7,
+        "codevector_dim": 20,
+        "num_codevector_groups": 4,
+    },
     "pre-LN, group norm": {**BASE, "do_stable_layer_norm": True, "conv_bias": True},
     "post-LN, layer norms": {**BASE, "feat_extract_norm": "layer", "num_attention_heads": 1},
 }
@@ -60,7 +65,7 @@ OURS = {
     "pre-LN, group norm": replace(MODEL, layer_norm_first=True, conv_bias=True, normalize=True, sample_rate=8000),
 }
 CLASSES = ("Wav2Vec2Model", "Wav2Vec2ForPreTraining", "Wav2Vec2ForCTC")
-LABELS = (*SPECIAL_SYMBOLS, "|", "E", "T", "A", "O'")
+LABELS = (*SPECIAL_SYMBOLS, "|", "E", "T", "A", "O'", ".")
 SIZES = [(1, 4000), (2, 5520), (3, 3333)]  # 12, 17 and 10 frames
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}  # of the largest entry
 
@@ -374,7 +379,9 @@ def test_options_are_kept_both_ways(tmp_path):
 def test_options_that_a_folder_does_not_tell_are_those_of_transformers():
     theirs = transformers.Wav2Vec2Config()
     plain = json.loads(json.dumps(theirs.to_dict()))
-    expected, _ = huggingface_config.to_config("here", "finetune", plain, {"do_normalize": True, "sampling_rate": 16000})
+    expected, _ = huggingface_config.to_config(
+        "here", "finetune", plain, {"do_normalize": True, "sampling_rate": 16000}
+    )
     found, remarks = huggingface_config.to_config("here", "finetune", {}, {})
     assert found == expected
     assert len(remarks) == 2
@@ -453,6 +460,7 @@ def test_a_pipeline_gives_our_text(name, tmp_path):
     text = our_text(contents, audio)
     assert len(text) > 20
     assert {" ", "O", "'"} <= set(text)
+    assert " ." in text  # which clean_up_tokenization_spaces would change
     assert transcribed(tmp_path / "out", audio) == text
     assert our_text(load_any(tmp_path / "out"), audio) == text
 

@@ -10,10 +10,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_model import HOURGLASS, LARGE, MODEL, NO_DROPOUT
 
-from common.errors import CheckpointError, DataError
+from common.errors import CheckpointError
 from common.labels import SPECIAL_SYMBOLS
 from wav2vec2.config import Config, CtcConfig
 from wav2vec2.convert import huggingface, huggingface_config, native
@@ -104,6 +105,23 @@ def test_there_and_back_is_the_identity(model, mode, tmp_path):
     assert all(torch.equal(tensor, contents.weights[name]) for name, tensor in again.weights.items())
 
 
+def test_only_a_projection_that_changes_nothing_is_none(folder):
+    """Where the widths are equal, transformers has a projection all the same."""
+    huggingface.write(folder / "equal", made(model=replace(MODEL, encoder_embed_dim=16)))
+    assert load_any(folder / "equal").config.model.feature_projection == "needed"
+    shutil.copy(folder / "equal/model.safetensors", folder / "original")
+    for part, place in (("bias", 3), ("weight", (0, 1)), ("weight", (2, 2))):
+
+        def edit(tensors, name=f"wav2vec2.feature_projection.projection.{part}", place=place):
+            tensors[name][place] += 1e-3
+
+        change_weights(folder / "equal", edit)
+        contents = load_any(folder / "equal")
+        assert contents.config.model.feature_projection == "always"
+        assert contents.weights["w2v.post_extract_proj.weight"].shape == (16, 16)
+        shutil.copy(folder / "original", folder / "equal/model.safetensors")
+
+
 def test_a_fine_tuned_model_without_quantizer_is_the_same_model(tmp_path):
     """Its options of the quantizer need not fit each other."""
     contents = made(model=replace(MODEL, quantize_targets=False, final_dim=13))
@@ -116,6 +134,8 @@ def test_what_is_written_names_no_place_and_is_readable_by_all(tmp_path):
     huggingface.write(tmp_path / ".out.partial", made())
     os.umask(before)
     files = {path.name: path for path in (tmp_path / ".out.partial").iterdir()}
+    with safe_open(files["model.safetensors"], "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # without it older versions of transformers refuse the file
     assert {"config.json", "model.safetensors", "vocab.json", "preprocessor_config.json"} <= files.keys()
     assert all(path.stat().st_mode & 0o777 == 0o644 for path in files.values())
     assert not any(b"partial" in path.read_bytes() or b"/tmp" in path.read_bytes() for path in files.values())
@@ -132,7 +152,8 @@ def test_what_is_written_names_no_place_and_is_readable_by_all(tmp_path):
         (made("pretrain", replace(MODEL, quantize_targets=False)), "have a quantizer, and this one has none"),
         (made(ctc=CtcConfig(blank_weight=2.0)), "--blank_weight 2.0"),
         (replace(made(), labels=None), "--dictionary"),
-        (replace(made(), labels=(*LABELS, "Z")), "9 symbols for 8 rows"),
+        (replace(made(), labels=(*LABELS, "Z")), "9 symbols"),
+        (replace(made(), labels=(*LABELS[:-1], "E")), "a symbol twice"),
     ],
 )
 def test_what_transformers_does_not_have_is_refused_before_anything_is_written(contents, reason, tmp_path):
@@ -140,11 +161,6 @@ def test_what_transformers_does_not_have_is_refused_before_anything_is_written(c
         huggingface.write(tmp_path / "out", contents)
     assert reason in str(caught.value)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_symbols_that_are_not_unique_are_refused(tmp_path):
-    with pytest.raises(DataError, match="a symbol twice"):
-        huggingface.write(tmp_path / "out", replace(made(), labels=(*LABELS[:-1], "E")))
 
 
 # ---- Architectures -------------------------------------------------------------------------------------------------
@@ -157,11 +173,11 @@ def test_symbols_that_are_not_unique_are_refused(tmp_path):
         ({"architectures": "Wav2Vec2ForCTC"}, ["architecture"]),
         ({"architectures": [["Wav2Vec2ForCTC"]]}, ["architecture"]),
         ({"model_type": "hubert"}, ["model_type 'hubert'", "'wav2vec2'"]),
-        ({"add_adapter": True}, ["add_adapter 'True'", "False"]),
-        ({"adapter_attn_dim": 16}, ["adapter_attn_dim '16'"]),
+        ({"add_adapter": True}, ["add_adapter True", "False"]),
+        ({"adapter_attn_dim": 16}, ["adapter_attn_dim 16"]),
         ({"hidden_act": "gelu_new"}, ["hidden_act 'gelu_new'", "'gelu'"]),
         ({"feat_extract_activation": "relu"}, ["feat_extract_activation 'relu'"]),
-        ({"layer_norm_eps": 1e-6}, ["layer_norm_eps '1e-06'", "1e-05"]),
+        ({"layer_norm_eps": 1e-6}, ["layer_norm_eps 1e-06", "1e-05"]),
         ({"quantization_config": {"bits": 8}}, ["quantization_config"]),
         ({"feat_extract_norm": "batch"}, ["feat_extract_norm 'batch'", "group, layer"]),
         ({"conv_dim": [16] * 6}, ["conv_dim, conv_kernel, conv_stride", "6, 7, 7"]),
@@ -228,7 +244,7 @@ def test_weights_that_are_missing_are_listed(folder):
         del tensors["wav2vec2.encoder.layers.1.attention.v_proj.bias"]
 
     change_weights(folder, edit)
-    refused(folder, "wav2vec2.encoder.layers.1.attention.v_proj.bias only 2 are there")
+    refused(folder, "wav2vec2.encoder.layers.1.attention.v_proj.bias is missing")
     change_weights(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if ".1.attention." in name])
     refused(folder, "w2v.encoder.layers.1.self_attn.qkv_proj.bias is missing")
 
@@ -259,8 +275,10 @@ def test_weights_that_are_whole_numbers_are_refused(folder):
 def test_the_tensors_do_not_hang_on_the_file(folder):
     contents = load_any(folder)
     before = {name: tensor.clone() for name, tensor in contents.weights.items()}
-    with (folder / "model.safetensors").open("r+b") as file:
-        file.truncate(0)
+    path = folder / "model.safetensors"
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(bytes(path.stat().st_size // 2))
     assert all(torch.equal(tensor, before[name]) for name, tensor in contents.weights.items())
 
 
@@ -303,7 +321,15 @@ def test_shards_that_do_not_fit_their_index_are_refused(folder):
 def test_damaged_weights_are_one_line(folder):
     path = folder / "model.safetensors"
     content = path.read_bytes()
-    for damaged in (b"", b"\0" * 8, content[:7], content[:-1], content[: len(content) // 2], b"\xff" * 64, b"version 1"):
+    for damaged in (
+        b"",
+        b"\0" * 8,
+        content[:7],
+        content[:-1],
+        content[: len(content) // 2],
+        b"\xff" * 64,
+        b"version 1",
+    ):
         path.write_bytes(damaged)
         refused(folder, "model.safetensors", "truncated, damaged")
     path.unlink()
@@ -338,7 +364,7 @@ STRANGE = (None, "x", -1, 2**19, 10**30, -1e300, True, [1], {"content": 3})
 def outcomes(folder, file, names):
     """Read the folder with every strange value in turn: it is read, or it is a CheckpointError of one line."""
     original = (folder / file).read_bytes()
-    read = 0
+    read, messages = 0, []
     for name in names:
         for value in STRANGE:
             change(folder / file, **{name: value})
@@ -346,9 +372,9 @@ def outcomes(folder, file, names):
                 load_any(folder)
                 read += 1
             except CheckpointError as error:
-                assert str(error).startswith(str(folder)), (name, value)
-                assert "\n" not in str(error), (name, value)
+                messages.append(str(error))
             (folder / file).write_bytes(original)
+    assert [text for text in messages if not text.startswith(str(folder)) or "\n" in text] == []
     return read
 
 
@@ -426,7 +452,13 @@ def spell(folder, symbols, pad_token_id=0, **names):
             [0, 5, 6, 2, 1, 3, 4, 7],
         ),
         # nothing but a blank, which only config.json tells
-        (["a", "b", "c", "d", "e", "f", "g", "_"], 7, {"pad_token": ...}, [*"abcdefg"], [7, None, None, None, *range(7)]),
+        (
+            ["a", "b", "c", "d", "e", "f", "g", "_"],
+            7,
+            {"pad_token": ...},
+            [*"abcdefg"],
+            [7, None, None, None, *range(7)],
+        ),
         # config.json leaves it to the tokenizer
         (["a", "b", "c", "d", "e", "f", "g", "_"], None, {"pad_token": "_"}, [*"abcdefg"], [7, *[None] * 3, *range(7)]),
         # the tokenizer has no sentence boundaries, the vocabulary has
@@ -477,7 +509,8 @@ def test_added_tokens_name_rows_behind_the_vocabulary(folder):
         ([*"abcdefg", "<pad>"], 0, {"pad_token": ...}, ["row 0 ('a')", "'<pad>'"]),
         ([*"abcdefgh"], 0, {}, ["row 0 ('a')", "'<pad>'"]),
         ([*"abcdefg", "<pad>"], 8, {}, ["pad_token_id 8", "not a row", "8"]),
-        ([*"abcdefg", "<pad>"], "7", {}, ["pad_token_id 7", "not a row"]),
+        ([*"abcdefg", "<pad>"], "7", {}, ["pad_token_id '7'", "not a row"]),
+        (["<pad>", "a b", *"abcdef"], 0, {}, ["white space"]),
         ([*"abcdefgh"], None, {}, ["pad_token_id None"]),
         (["<pad>", " ", "|", *"abcde"], 0, {"word_delimiter_token": " "}, ["'|' would name two rows"]),
         (["[PAD]", "<pad>", *"abcdef"], 0, {"pad_token": "[PAD]"}, ["'<pad>' would name two rows"]),
@@ -542,6 +575,8 @@ def test_numbers_of_an_official_model_are_read_as_what_they_are():
         "layer_norm_eps": 1e-05,
         "transformers_version": "4.7.0.dev0",
     }
-    config, _ = huggingface_config.to_config("here", "finetune", official, {"do_normalize": True, "sampling_rate": 16000})
+    config, _ = huggingface_config.to_config(
+        "here", "finetune", official, {"do_normalize": True, "sampling_rate": 16000}
+    )
     ours = Config(mode="finetune").model
     assert config.model == replace(ours, normalize=True)
