@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 # What torch.save() writes: protocol 2. Newer opcodes make names of texts, older ones call by other ways.
-_OPCODES = (
+_OPCODES = {
     *("PROTO", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
     *("BINUNICODE", "SHORT_BINSTRING", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
     *("EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS"),
     *("BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "BINPERSID"),
-)
+}
 _PROTOCOL = 2
 _MAX_OPCODES = 1_000_000  # some 50 for a tensor
 _MAX_NAMES = 50
@@ -159,7 +159,7 @@ def _forbid(condition: bool, reason: str) -> None:
         raise ForbiddenError(reason)
 
 
-def _python3_name(module: str, name: str = "") -> str:
+def _python3_name(module: str, name: str) -> str:
     """The name under which torch's reader looks for one of Python 2 (`__builtin__.long` is `builtins.int`)."""
     module, name = NAME_MAPPING.get((module, name)) or (IMPORT_MAPPING.get(module, module), name)
     return f"{module}.{name}"

@@ -35,6 +35,7 @@ _CHUNK_BYTES = 2**20
 _END = struct.Struct("<4s4H2LH")
 _END_64 = struct.Struct("<4sQ2H2L4Q")
 _PLACE_64 = struct.Struct("<4sLQL")
+_UTF_8 = 0x800  # flag of a record whose name is in UTF-8
 # What is read is small when it is written out, too: a list that holds another one twice, that one ..., is not.
 _MAX_ENTRIES = 2_000_000
 _MAX_DEPTH = 100
@@ -147,14 +148,15 @@ def _names(path: Path, file: _File, size: int) -> set[str]:
         raise damaged(path, "it does not begin as one")
     _check_directory(path, file, size)
     with zipfile.ZipFile(file) as archive:
-        _check_records(path, archive, size)
-        top = archive.namelist()[0].partition("/")[0]
-        record = archive.getinfo(f"{top}/data.pkl")
-        if record.file_size > _MAX_TABLE_BYTES:
-            raise damaged(path, "its table of contents is too long")
-        machine = Machine().run(io.BytesIO(archive.read(record)))
+        records = _records(path, archive, size)
+        top = next(iter(records)).partition(b"/")[0]
+        table = records.get(top + b"/data.pkl")
+        if table is None or table.file_size > _MAX_TABLE_BYTES:
+            raise damaged(path, "it has no table of contents of a sensible length")
+        machine = Machine().run(io.BytesIO(archive.read(table)))
         for storage in machine.storages:
-            if archive.getinfo(f"{top}/data/{storage.key}").file_size != _num_bytes(storage):
+            record = records.get(top + b"/data/" + storage.key.encode())
+            if record is None or record.file_size != _num_bytes(storage):
                 raise damaged(path, f"a tensor claims {storage.length} numbers, the file holds another number of them")
         return machine.names
 
@@ -195,25 +197,29 @@ def _check_directory(path: Path, file: _File, size: int) -> None:
         raise damaged(path, "its directory is too long")
 
 
-def _check_records(path: Path, archive: zipfile.ZipFile, size: int) -> None:
-    """Refuse what is not a whole zip archive of stored records with the right checksums.
+def _records(path: Path, archive: zipfile.ZipFile, size: int) -> dict[bytes, zipfile.ZipInfo]:
+    """The records of an archive that is whole, by name as torch's reader looks for it: bytes, and `A` is `a`.
 
-    torch's reader does not look at the checksums, and takes `A` for `a` in names. Only stored (never compressed)
-    records, together no larger than the file, keep a small file from becoming a large load.
+    That reader does not look at the checksums. Only stored (never compressed) records, together no larger than the
+    file, keep a small file from becoming a large load.
     """
-    records = archive.infolist()
-    if len({record.orig_filename.lower() for record in records}) != len(records):
-        raise damaged(path, "two of its records have the same name")
-    if any(record.filename.endswith("/constants.pkl") for record in records):
-        raise damaged(path, "it is a program for TorchScript")
-    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-        raise damaged(path, "it holds compressed records")
-    if sum(record.file_size for record in records) > size:
+    records = {}
+    for record in archive.infolist():
+        name = record.orig_filename.encode("utf-8" if record.flag_bits & _UTF_8 else "cp437").lower()
+        if name in records:
+            raise damaged(path, "two of its records have the same name")
+        if name.endswith(b"/constants.pkl"):
+            raise damaged(path, "it is a program for TorchScript")
+        if record.compress_type != zipfile.ZIP_STORED:
+            raise damaged(path, "it holds compressed records")
+        records[name] = record
+    if sum(record.file_size for record in records.values()) > size:
         raise damaged(path, "its records overlap")
-    for record in records:
+    for record in records.values():
         with archive.open(record) as stream:
             while stream.read(_CHUNK_BYTES):
                 pass
+    return records
 
 
 def _known_names(path: Path, names: set[str], stand_ins: StandIns | None) -> list[Any]:

@@ -206,7 +206,8 @@ def _resume(config: Config, path: Path, state: dict[str, Any]) -> Start:
     """The state of a run, with the differences between its options and the present ones told."""
     if state["mode"] != config.mode:
         raise CheckpointError(f"{path}: is of {state['mode']}; choose another --output_dir for {config.mode}")
-    saved = native.saved_config(state, path)
+    contents = native.to_contents(path, state)  # refuses what could not be resumed
+    saved = contents.config
     given = config.mode == "pretrain" and not (config.run.init_from or config.run.resume_from)
     if given and saved.model != config.model:
         raise CheckpointError(
@@ -217,8 +218,8 @@ def _resume(config: Config, path: Path, state: dict[str, Any]) -> Start:
     changed = _differences(saved, config)
     if changed:
         log.warning("options differ from those of %s: %s", path, changed)
-    dictionary = Dictionary.from_symbols(state["labels"]) if state.get("labels") else None
-    return Start(config, dictionary, path, state["model"], state=state)
+    dictionary = Dictionary.from_symbols(contents.labels) if contents.labels else None
+    return Start(config, dictionary, path, contents.weights, state=state)
 
 
 def _differences(old: Any, new: Any) -> str:

@@ -199,7 +199,41 @@ def test_a_twin_whose_name_differs_in_case_is_refused(tmp_path):
     refused(tmp_path / "a.pt", "two of its records have the same name")
     del records["a/data.pkl"]
     write_records(tmp_path / "a.pt", {**records, "a/more_data.pkl": pickled(b"}")})
-    refused(tmp_path / "a.pt", "is truncated, damaged .*no item named 'a/data.pkl'")
+    refused(tmp_path / "a.pt", "is truncated, damaged .*has no table of contents|pickled code")
+
+
+@pytest.mark.parametrize(
+    ("name", "twin", "stored"),
+    [
+        ("a/data.pkl", "a/data.pkl-more", b"a/data.pkl\x00more"),  # Python sees nothing of what follows the null
+        ("é/data.pkl", "--/data.pkl", "é/data.pkl".encode()),  # without the mark of UTF-8, of which torch knows nothing
+    ],
+)
+def test_a_twin_that_python_and_torch_spell_differently_is_refused(tmp_path, name, twin, stored):
+    bomb = pickled(b"cbuiltins\nbytearray\nJ\x00\x00\x00\x08\x85R")
+    for first, second in ((bomb, pickled(b"}")), (pickled(b"}"), bomb)):
+        write_records(tmp_path / "a.pt", {f"{name[0]}/version": b"3\n", name: first, twin: second})
+        whole = (tmp_path / "a.pt").read_bytes()
+        (tmp_path / "a.pt").write_bytes(whole.replace(twin.encode(), stored))
+        found = hostile_files.outcome(tmp_path / "a.pt", torch_file.read)
+        assert isinstance(found, CheckpointError) if first == bomb else found == {} or isinstance(found, DamagedError)
+
+
+def test_a_second_name_of_a_record_does_not_count(tmp_path):
+    """Newer versions of Python call a record by the name in UTF-8 that its extra field tells, torch does not."""
+    records = {"a/b": b"a/data.pkl", "a/data.pkl": b"a/b"}
+    for contents in ((b"cbuiltins\nbytearray\nJ\x00\x00\x00\x08\x85R", b"}"), (b"}", b"cos\nsystem\n")):
+        with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+            archive.writestr("a/version", "3\n")
+            for (name, other), content in zip(records.items(), contents, strict=True):
+                record = zipfile.ZipInfo(name)
+                field = struct.pack("<BL", 1, zlib.crc32(name.encode())) + other
+                record.extra = struct.pack("<HH", 0x7075, len(field)) + field
+                archive.writestr(record, pickled(content))
+        if contents[1] == b"}":
+            assert hostile_files.outcome(tmp_path / "a.pt", torch_file.read) == {}
+        else:
+            refused(tmp_path / "a.pt", "pickled code .*os.system", PickledCodeError)
 
 
 def directory_of(content):

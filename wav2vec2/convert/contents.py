@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -78,9 +80,11 @@ def empty_model(config: Config, num_symbols: int) -> nn.Module:
         return Wav2Vec2Ctc(config.model, DropoutConfig(), num_symbols=num_symbols)
 
 
-def needed_shapes(config: Config, num_symbols: int) -> dict[str, torch.Size]:
+@lru_cache(maxsize=1)  # one file asks for them several times, and a deep model takes a second
+def needed_shapes(config: Config, num_symbols: int) -> Mapping[str, torch.Size]:
     """Name -> shape of every weight of the architecture."""
-    return {name: tensor.shape for name, tensor in empty_model(config, num_symbols).state_dict().items()}
+    model = empty_model(config, num_symbols)
+    return MappingProxyType({name: tensor.shape for name, tensor in model.state_dict().items()})
 
 
 def weights_of(where: str, found: Any, entry: str = "model") -> dict[str, Tensor]:

@@ -229,7 +229,7 @@ def _settings(where: str, content: Mapping[str, Any]) -> tuple[Mapping[str, Any]
         args = plain(where, content["args"])
         if isinstance(args, Mapping):
             return args, args
-    raise CheckpointError(f"{where}: its settings are not a table; use another file")
+    raise CheckpointError(f"{where}: is a checkpoint of fairseq whose settings are no table; use another file")
 
 
 def _merged(cfg: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
