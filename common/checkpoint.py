@@ -19,7 +19,7 @@ from torch import Tensor
 
 from common import torch_file
 from common.errors import CheckpointError, ConfigError, shown
-from common.torch_file import DamagedError, PickledCodeError
+from common.torch_file import DamagedError
 
 log = logging.getLogger(__name__)
 
@@ -92,30 +92,32 @@ def save(path: str | Path, state: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: the output folder cannot be written.
         CheckpointError: the disk is full or fails; the temporary file is gone, older files are untouched.
-        TypeError: the state holds something that weights-only loading would refuse (an internal error).
+        TypeError: see file_content() (an internal error).
     """
     path = Path(path)
-    content = _plain({**state, "format": FORMAT, "format_version": FORMAT_VERSION}, "state")
+    content = file_content(state)
     temporary = path.with_name(_TEMPORARY.format(name=path.name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch_file.write(temporary, content)
         temporary.replace(path)
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        cause = _os_error(error)
+    except OSError as error:
         _remove(temporary)
-        if cause is None:
-            raise
-        if cause.errno in _DISK_FULL:
+        if error.errno in _DISK_FULL:
             raise CheckpointError(
-                f"{path}: could not be written ({cause.strerror}); free some space and go on with --resume "
+                f"{path}: could not be written ({error.strerror}); free some space and go on with --resume "
                 "(older checkpoints are untouched)"
             ) from error
         raise ConfigError(
-            f"--output_dir {path.parent}: cannot be written ({cause.strerror}); "
+            f"--output_dir {path.parent}: cannot be written ({error.strerror}); "
             "choose another folder, or change its permissions"
         ) from error
+
+
+def file_content(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file of this toolkit holds. Raises TypeError for what weights-only loading would refuse."""
+    return _plain({**state, "format": FORMAT, "format_version": FORMAT_VERSION}, "state")
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -126,14 +128,7 @@ def load(path: str | Path) -> dict[str, Any]:
     """
     if Path(path).is_dir():
         raise CheckpointError(f"{path}: is a folder; name a file in it, such as {BEST_NAME}")
-    try:
-        return recognised(path, torch_file.read(path))
-    except PickledCodeError as error:
-        if any(name.startswith(("fairseq.", "omegaconf.", "argparse.Namespace")) for name in error.names):
-            raise _foreign(path, "fairseq") from None
-        if all(name.startswith(("numpy.", "_codecs.encode")) for name in error.names):
-            raise _foreign(path, "another program (NVIDIA's hold NumPy objects like this one)") from None
-        raise
+    return recognised(path, torch_file.read(path))
 
 
 def load_newest(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
@@ -187,28 +182,15 @@ def _remove(temporary: Path) -> None:
         log.warning("%s: cannot be removed (%s)", temporary, error.strerror)
 
 
-def _os_error(error: BaseException | None) -> OSError | None:
-    """The system's error behind `error`: torch's writer hides it behind an error of its own."""
-    while error is not None:
-        if isinstance(error, OSError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
-
-
 def recognised(path: str | Path, state: object) -> dict[str, Any]:
     """What torch_file.read() gave, if it is a checkpoint of this toolkit; else an error that says whose it is."""
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a checkpoint; use another file")
     if state.get("format") != FORMAT:
-        args = state.get("args")
-        if isinstance(args, dict) and "mode" in args:
-            raise _foreign(path, "NVIDIA")
-        if "model" in state and ("cfg" in state or "args" in state):
-            raise _foreign(path, "fairseq")
-        if any(isinstance(key, str) and key.startswith(("wav2vec2.", "lm_head.")) for key in state):
-            raise _foreign(path, "Hugging Face")
-        raise CheckpointError(f"{path}: is a torch file, but not a checkpoint of this toolkit; use another file")
+        raise CheckpointError(
+            f"{path}: is no checkpoint of this toolkit; if another program wrote it, convert it first: "
+            "python utils/convert_checkpoint.py IN OUT --to native"
+        )
     version = state.get("format_version")
     if not isinstance(version, int) or version < 1:
         raise DamagedError(f"{path}: has the format version {shown(version)}; use another checkpoint")
@@ -230,10 +212,3 @@ def _from_version_1(state: dict[str, Any]) -> dict[str, Any]:
 
 
 _MIGRATIONS = {1: _from_version_1}  # what makes the next version of a state
-
-
-def _foreign(path: str | Path, program: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: is a checkpoint of {program}, not of this toolkit; "
-        "convert it first: python utils/convert_checkpoint.py IN OUT --to native"
-    )

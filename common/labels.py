@@ -56,6 +56,11 @@ class Dictionary:
             raise DataError("labels: empty or with a symbol twice; use a checkpoint of this toolkit")
         return cls(symbols)
 
+    def lines(self) -> list[str]:
+        """A dictionary file of these symbols; its counts, which order the symbols and nothing else, are made up."""
+        named = self.symbols[len(SPECIAL_SYMBOLS) :]
+        return [f"{symbol} {len(named) - place}" for place, symbol in enumerate(named)]
+
     def encode(self, line: str, where: str) -> list[int]:
         """Turn a line of space-separated symbols into ids; `where` ("file:line") goes into the error."""
         try:

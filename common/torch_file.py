@@ -123,11 +123,17 @@ def read(path: str | Path, stand_ins: StandIns | None = None) -> Any:
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a file that is on the disk when this returns."""
-    with path.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write a file that is on the disk when this returns. Raises OSError, which torch hides behind its own."""
+    try:
+        with path.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, (OSError, KeyboardInterrupt)):
+            cause = cause.__cause__ or cause.__context__
+        raise cause or error from None
 
 
 def damaged(path: str | Path, reason: str) -> DamagedError:

@@ -100,7 +100,7 @@ pretrain() {
 }
 
 finetune() {
-    OUTPUT_DIR=$work/finetune MAX_UPDATE=$FINETUNE_UPDATES \
+    RESUME_FROM='' OUTPUT_DIR=$work/finetune MAX_UPDATE=$FINETUNE_UPDATES \
         PRETRAINED_MODEL=$work/pretrain/wav2vec2_update$PRETRAIN_UPDATES.pt bash "$scripts/finetune_tiny.sh"
 }
 

@@ -147,7 +147,8 @@ if [ "$mode" = pretrain ]; then
     add_list loss_weights LOSS_WEIGHTS
     add_switch enable_padding ENABLE_PADDING
 else
-    add w2v_path PRETRAINED_MODEL
+    # a run that goes on has its model already
+    if [ -z "${RESUME_FROM:-}" ]; then add w2v_path PRETRAINED_MODEL; fi
     add freeze_finetune_updates FREEZE_FINETUNE_UPDATES
     add final_dropout FINAL_DROPOUT
     add blank_weight BLANK_WEIGHT

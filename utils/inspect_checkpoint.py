@@ -10,6 +10,7 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a program: find the toolkit
 
+from common.errors import UserError, one_line
 from utils import program
 from wav2vec2.config import ModelConfig
 from wav2vec2.convert.contents import Contents
@@ -70,7 +71,8 @@ def extractor(model: ModelConfig) -> str:
     """Blocks and norms."""
     blocks = model.conv_layers()
     norm = "group norm in the first block" if model.extractor_mode == "default" else "layer norm in every block"
-    return f"{len(blocks)} blocks {model.conv_feature_layers}, {norm}{', biases' if model.conv_bias else ''}"
+    text = one_line(model.conv_feature_layers)  # of unknown origin
+    return f"{len(blocks)} blocks {text}, {norm}{', biases' if model.conv_bias else ''}"
 
 
 def quantizer(contents: Contents) -> str:
@@ -80,6 +82,8 @@ def quantizer(contents: Contents) -> str:
         return ""
     if not model.quantize_targets:
         return "none by design"
+    if not any(name.startswith("quantizer.") for name in contents.weights):
+        return "none in this file"
     return f"{model.latent_groups} groups of {model.latent_vars} codes, width {model.target_dim} -> {model.final_dim}"
 
 
@@ -105,10 +109,20 @@ def main(argv: list[str] | None = None) -> None:
     """Print a table for each file."""
     parser = program.Parser(__doc__ or "")
     parser.add_argument("paths", metavar="PATH", nargs="+", type=Path, help="file, or folder of Hugging Face")
+    failed: list[UserError] = []
     for path in parser.parse(argv).paths:
+        try:
+            found = describe(path, load_any(path))
+        except UserError as error:
+            failed.append(error)
+            continue
         print(path)
-        for topic, text in describe(path, load_any(path)).items():
+        for topic, text in found.items():
             print(f"  {topic + ':':19}{text}")
+    for earlier in failed[:-1]:
+        print(f"error: {earlier}", file=sys.stderr)
+    if failed:
+        raise failed[-1]
 
 
 if __name__ == "__main__":

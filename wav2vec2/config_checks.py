@@ -22,6 +22,7 @@ def check_train_config(config: Config, explicit: Collection[str]) -> None:
     _check_objective(config, explicit)
     _check_paths(config)
     _check_effects(config, explicit)
+    check_model(config)
 
 
 def _check_precision(precision: PrecisionConfig, explicit: Collection[str]) -> None:
@@ -77,11 +78,15 @@ def _check_objective(config: Config, explicit: Collection[str]) -> None:
         for name in ("latent_vars", "latent_groups", "latent_dim", "latent_temp"):
             if name in explicit:
                 raise ConfigError(f"--{name}: has no effect with --no_quantize_targets; drop it")
-        if objective.codebook_negatives:
-            raise ConfigError("--codebook_negatives: needs the quantizer; drop it or --no_quantize_targets")
     start, end, factor = objective.latent_temp
     if not (start >= end > 0 and 0 < factor <= 1):
         raise ConfigError(f"--latent_temp {start} {end} {factor}: needs start >= end > 0 and a factor in (0, 1]")
+
+
+def check_model(config: Config) -> None:
+    """The same where the architecture decides, which a checkpoint may say. Raises ConfigError."""
+    if config.mode == "pretrain" and config.objective.codebook_negatives and not config.model.quantize_targets:
+        raise ConfigError("--codebook_negatives: needs a model with a quantizer; drop it")
 
 
 def _check_paths(config: Config) -> None:
@@ -90,20 +95,27 @@ def _check_paths(config: Config) -> None:
             f"--data {config.data.data}: no such folder; make file lists with scripts/generate_filelists.sh"
         )
     run, w2v_path = config.run, config.ctc.w2v_path
-    for name, path in (("w2v_path", w2v_path), ("init_from", run.init_from), ("resume_from", run.resume_from)):
+    for name, path, remedy in (
+        ("w2v_path", w2v_path, "check the path, or pre-train first"),
+        ("init_from", run.init_from, "check the path"),
+        ("resume_from", run.resume_from, "check the path"),
+    ):
         if path and not run.resume and not _exists(path):
-            raise ConfigError(f"--{name} {path}: no such file or folder; check the path, or pre-train first")
+            raise ConfigError(f"--{name} {path}: no such file or folder; {remedy}")
     if config.mode == "finetune" and not (w2v_path or run.resume or run.resume_from):
         raise ConfigError("--w2v_path: is missing; name the checkpoint to fine-tune")
-    if run.init_from and run.resume_from:
-        raise ConfigError("--init_from --resume_from: only one of them can be used; drop one")
+    for name in ("init_from", "w2v_path"):
+        if run.resume_from and (run.init_from if name == "init_from" else w2v_path):
+            raise ConfigError(f"--{name} --resume_from: only one of them can be used; drop one")
 
 
 def _check_effects(config: Config, explicit: Collection[str]) -> None:
     mask, save = config.mask, (config.run.save, "without --no_save")
+    channels, width = config.model.conv_layers()[-1][0], config.model.encoder_embed_dim
     fresh = not (config.run.init_from or config.run.resume_from)
     needs = [
         *((name, fresh, "without --init_from and --resume_from, whose file says it") for name in _ARCHITECTURE),
+        ("feature_projection", channels == width, "where --encoder_embed_dim is the width of the last conv block"),
         ("encoder_layers", not config.model.hourglass_transformer, "without --hourglass_transformer"),
         ("hourglass_resample", bool(config.model.hourglass_transformer), "with --hourglass_transformer"),
         *((name, *save) for name in ("save_frequency", "save_interval_updates", "keep_milestones")),

@@ -201,13 +201,14 @@ class Run:
                 f"{path}: cannot be resumed, it has no {' and no '.join(missing)}; start a new run from its weights, "
                 "with --init_from or --w2v_path and another --output_dir"
             )
-        moments = state["optimizer"]
-        if state["origin"]:  # other programs keep moments of weights that do not train here, too
-            moments = {name: moments[name] for name in self.optimizer.master_weights() if name in moments}
+        moments, average = state["optimizer"], state.get("ema")
+        if state.get("origin"):  # other programs keep moments and averages of weights that do not train here, too
+            trained = self.optimizer.master_weights()
+            moments, average = ({n: table[n] for n in trained if n in table} for table in (moments, average or {}))
         self.optimizer.load_state_dict(moments)
         if self.optimizer.scaler and state.get("scaler"):
             self.optimizer.scaler.load_state_dict(state["scaler"])
-        self.ema.load_state_dict(state.get("ema"))
+        self.ema.load_state_dict(average or None)
         if state.get("loader"):
             self.train_loader.load_state_dict(state["loader"])
         self.progress = Progress(**state["progress"])

@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import checkpoint, distributed
+from common import checkpoint, distributed, flags
 from common.errors import CheckpointError, ConfigError
 from common.labels import Dictionary
 from wav2vec2.config import Config
+from wav2vec2.config_checks import check_model
 from wav2vec2.convert import native
 from wav2vec2.convert.contents import MASK_EMBEDDING, PRETRAINING_HEADS, Contents
 from wav2vec2.convert.load_any import load_any, with_dictionary
+from wav2vec2.convert.options import schedule
 
 log = logging.getLogger(__name__)
 
@@ -61,10 +63,13 @@ def find_start(config: Config) -> Start:
     """Where a run with this configuration begins. Raises ConfigError, CheckpointError or DataError."""
     resumed = _find_checkpoint(config)
     if resumed:
-        return _resume(config, *resumed)
-    if config.mode == "pretrain":
-        return _continue_pretraining(config) if config.run.init_from else Start(config)
-    return _fine_tune(config)
+        start = _resume(config, *resumed)
+    elif config.mode == "finetune":
+        start = _fine_tune(config)
+    else:
+        start = _continue_pretraining(config) if config.run.init_from else Start(config)
+    check_model(start.config)
+    return start
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> None:
@@ -94,6 +99,10 @@ def _continue_pretraining(config: Config) -> Start:
 
 def _fine_tune(config: Config) -> Start:
     """The trunk, and of a model that was fine-tuned before the output rows of the symbols that stay."""
+    if not config.ctc.w2v_path:
+        raise ConfigError(
+            f"--w2v_path: is missing, and --output_dir {config.run.output_dir} holds no run to go on with"
+        )
     path = Path(config.ctc.w2v_path)
     dictionary = _read_dictionary(config)
     contents = load_any(path)
@@ -189,17 +198,27 @@ def _find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
 def _state_of_any(path: Path, config: Config) -> dict[str, Any]:
     """A checkpoint of any program as one of this toolkit."""
     contents = load_any(path)
+    fresh = "--init_from" if config.mode == "pretrain" else "--w2v_path"
+    if contents.config.mode != config.mode:
+        raise CheckpointError(
+            f"--resume_from {path}: is of {contents.config.mode}, this is {config.mode}; "
+            f"start from its weights with {fresh}"
+        )
     for missing, what in ((contents.optimizer, "optimizer state"), (contents.step, "count of updates")):
         if missing is None:
-            fresh = "--init_from" if contents.config.mode == "pretrain" else "--w2v_path"
             raise CheckpointError(
                 f"{path}: has no {what}, so its training cannot go on; start anew from its weights with {fresh}"
             )
-    if config.mode == "finetune" and contents.config.mode == "finetune" and contents.labels is None:
+    if config.mode == "finetune" and contents.labels is None:
         dictionary = Path(config.data.data) / f"dict.{config.data.labels}.txt"
         contents = with_dictionary(contents, str(path), dictionary)
     _tell("goes on from", path, contents)
-    return native.to_state(contents)
+    for what in contents.missing:
+        log.warning("%s: has no %s", path, what)
+    if contents.source != "native":
+        log.info("epoch %s begins anew; the options are those of this command", contents.epoch or 1)
+    # the best result so far is of other data, and its checkpoint is not in --output_dir
+    return native.to_state(replace(contents, best=None))
 
 
 def _resume(config: Config, path: Path, state: dict[str, Any]) -> Start:
@@ -208,23 +227,48 @@ def _resume(config: Config, path: Path, state: dict[str, Any]) -> Start:
         raise CheckpointError(f"{path}: is of {state['mode']}; choose another --output_dir for {config.mode}")
     contents = native.to_contents(path, state)  # refuses what could not be resumed
     saved = contents.config
+    _check_origin(config, saved, path)
     given = config.mode == "pretrain" and not (config.run.init_from or config.run.resume_from)
     if given and saved.model != config.model:
         raise CheckpointError(
-            f"{path}: has another architecture ({_differences(saved.model, config.model)}); "
+            f"{path}: has another architecture ({_differences(asdict(saved.model), asdict(config.model))}); "
             "resume with its values, or choose another --output_dir"
         )
     config = replace(config, model=saved.model)
-    changed = _differences(saved, config)
+    changed = _differences(_of_training(saved), _of_training(config))
     if changed:
-        log.warning("options differ from those of %s: %s", path, changed)
+        log.warning("options differ from those of %s, this command's count: %s", path, changed)
     dictionary = Dictionary.from_symbols(contents.labels) if contents.labels else None
     return Start(config, dictionary, path, contents.weights, state=state)
 
 
+def _check_origin(config: Config, saved: Config, path: Path) -> None:
+    """Refuse --init_from and --resume_from that would not be read because --output_dir holds a run of its own."""
+    if path == Path(config.run.resume_from):
+        return
+    for name in ("init_from", "resume_from"):
+        given, before = getattr(config.run, name), getattr(saved.run, name)
+        if given and given != before:
+            raise ConfigError(
+                f"--{name} {given}: {path} is of a run that began {f'with {before}' if before else 'without it'}; "
+                "choose another --output_dir"
+            )
+        if given:
+            log.info("--%s %s: was read when the run began; it goes on from %s", name, given, path)
+
+
+def _of_training(config: Config) -> dict[str, Any]:
+    """The options that decide what is learnt, with all settings of the learning rate."""
+    options = flags.to_dict(config)
+    kept = {name: options[name] for name in ("dropout", "mask", "objective", "ctc", "optim", "precision")}
+    kept["optim"] |= schedule(config)
+    kept["ctc"].pop("w2v_path")
+    return kept
+
+
 def _differences(old: Any, new: Any) -> str:
     """'name old -> new' for every option that differs."""
-    before, after = ({**_flat(asdict(config)), "resume": None} for config in (old, new))
+    before, after = _flat(old), _flat(new)
     return ", ".join(f"{name} {before[name]} -> {after[name]}" for name in after if before.get(name) != after[name])
 
 

@@ -91,10 +91,7 @@ def load_recognizer(
             "(fairseq's is dict.ltr.txt)"
         )
     config = replace(contents.config, precision=precision)
-    try:
-        symbols = Dictionary.from_symbols(contents.labels)
-    except DataError as error:
-        raise CheckpointError(f"{path}: cannot be used: {error}") from error
+    symbols = Dictionary(contents.labels)  # checked when they were read
     model = build_model(config, symbols)
     assert isinstance(model, Wav2Vec2Ctc), "fine-tuning gives a CTC model"  # noqa: S101
     weights = contents.inference_weights() if use_ema else contents.weights

@@ -38,8 +38,8 @@ class UpdateSampler:
         self._lengths, self.seed = np.asarray(lengths, np.int64), seed
         self.sub_batches_per_update = sub_batches_per_update
         self._number = len(lengths)
-        self._passes = -(-sub_batches_per_update // self._number)
-        self.updates_per_epoch = self._passes * self._number // sub_batches_per_update
+        self._passes = _passes(self._number, sub_batches_per_update)
+        self.updates_per_epoch = updates_per_epoch(self._number, sub_batches_per_update)
         self._left_over = self._passes * self._number - self.updates_per_epoch * sub_batches_per_update
         self._cached: tuple[int, np.ndarray, np.ndarray] | None = None
 
@@ -105,6 +105,16 @@ class UpdateSampler:
         circle = numpy_rng(self.seed, "rest").permutation(self._number)
         start = (epoch - 1) * self._left_over
         return circle[(start + np.arange(self._left_over)) % self._number]
+
+
+def updates_per_epoch(sub_batches: int, per_update: int) -> int:
+    """Whole updates of an epoch of so many sub-batches."""
+    return _passes(sub_batches, per_update) * sub_batches // per_update
+
+
+def _passes(sub_batches: int, per_update: int) -> int:
+    """Passes over the data in an epoch: as many as one update needs."""
+    return -(-per_update // sub_batches)
 
 
 def plan_validation(sub_batches: int, *, rank: int, world: int) -> list[PlannedSubBatch]:

@@ -121,8 +121,7 @@ def test_every_variable_of_the_launcher_sets_the_flag_beside_it(mode, command):
     """Each `add flag VARIABLE` line passes its variable on; what does not belong to the mode is not passed."""
     source = (SCRIPTS / "train.sh").read_text(encoding="utf-8")
     shared, _, special = source.partition('if [ "$mode" = pretrain ]; then\n')
-    own, _, other = special.partition("\nelse\n    add w2v_path")
-    other = "\nelse\n    add w2v_path" + other
+    own, _, other = special.partition("\nelse\n")
     if mode == "finetune":
         own, other = other, own
     line = re.compile(r"^\s*(?:if .* then )?add(_list|_switch|_switch_off)? (\w+) (\w+)", re.MULTILINE)

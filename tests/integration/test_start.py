@@ -10,22 +10,18 @@ import pytest
 import torch
 from tiny import corpus
 from tiny_contents import SYMBOLS, adam, finetuned, pretrained
-from tiny_model import HOURGLASS
+from tiny_model import HOURGLASS, MODEL
 
 import inference
 import train
 from common import checkpoint
 from common.entry import run_program
-from common.errors import CheckpointError, DataError
+from common.errors import CheckpointError, ConfigError, DataError
 from common.labels import SPECIAL_SYMBOLS
-from wav2vec2.convert import fairseq, huggingface, native, nvidia
+from wav2vec2.config import PrecisionConfig
+from wav2vec2.convert import fairseq, native, nvidia
+from wav2vec2.convert.load_any import WRITERS
 
-WRITERS = {
-    "native": native.write,
-    "fairseq": fairseq.write,
-    "nvidia": nvidia.write,
-    "huggingface": huggingface.write,
-}
 QUICK = ["--num_workers", "0", "--device", "cpu", "--lr", "0"]  # a rate of 0 shows the weights a run started with
 PRETRAIN = ["--max_tokens", "40000", "--num_negatives", "10", "--mask_length", "3"]
 
@@ -138,7 +134,7 @@ def test_training_goes_on_where_another_program_stopped(data, tmp_path, program,
     monkeypatch.setattr(train, "build_run", watched)
     more = ["--resume_from", str(tmp_path / "theirs"), "--lr", "0.1", "--warmup_updates", "42"]
     state = run("pretrain", data, tmp_path / "run", *more, updates=42)
-    assert seen["at"] == (41, 2.5, 3, pytest.approx(0.1 * 41 / 42))
+    assert seen["at"] == (41, None, 3, pytest.approx(0.1 * 41 / 42))
     assert all(torch.equal(seen["moments"][name], moments[name]["exp_avg"]) for name in moments)
     assert {entry["step"] for entry in state["optimizer"].values()} == {41}
     assert state["progress"]["step"] == 42
@@ -163,6 +159,64 @@ def test_a_file_without_optimizer_cannot_go_on(data, tmp_path):
         run("pretrain", data, tmp_path / "run", "--resume_from", str(tmp_path / "theirs"), updates=42)
 
 
+def test_averaged_weights_are_what_a_run_starts_from(data, tmp_path):
+    before = pretrained()
+    average = {name: tensor + 0.001 for name, tensor in before.weights.items()}
+    native.write(tmp_path / "a.pt", replace(before, averaged=average))
+    state = run("pretrain", data, tmp_path / "pretrain", "--init_from", str(tmp_path / "a.pt"))
+    assert torch.equal(state["model"]["quantizer.vars"], average["quantizer.vars"])
+    state = run("finetune", data, tmp_path / "finetune", "--w2v_path", str(tmp_path / "a.pt"))
+    assert torch.equal(state["model"]["w2v.layer_norm.weight"], average["layer_norm.weight"])
+
+
+def test_the_recipes_resume_reads_the_other_file_while_the_folder_is_empty(data, tmp_path, caplog):
+    before = pretrained(step=41)
+    fairseq.write(tmp_path / "theirs.pt", replace(before, optimizer=adam(before.weights, 40)))
+    more = ["--resume_from", str(tmp_path / "theirs.pt"), "--resume"]
+    run("pretrain", data, tmp_path / "run", *more, updates=42)
+    caplog.set_level("INFO")
+    assert run("pretrain", data, tmp_path / "run", *more, updates=43)["progress"]["step"] == 43
+    assert "was read when the run began" in caplog.text
+    with pytest.raises(ConfigError, match="--init_from .* is of a run that began without it"):
+        run("pretrain", data, tmp_path / "run", "--init_from", str(tmp_path / "theirs.pt"), "--resume", updates=44)
+
+
+def test_averages_and_moments_of_frozen_weights_are_left_out(data, tmp_path):
+    before = finetuned(labels=(*SPECIAL_SYMBOLS, *sorted({"|", *"ONETWOSIXTEN"})), step=7)
+    average = {name: tensor + 1 for name, tensor in before.weights.items()}
+    theirs = replace(before, optimizer=adam(before.weights, 7), averaged=average, best=9.0)
+    nvidia.write(tmp_path / "theirs.pt", theirs)
+    more = ["--feature_grad_mult", "0", "--ema", "0.5", "--resume_from", str(tmp_path / "theirs.pt")]
+    state = run("finetune", data, tmp_path / "run", *more, updates=8)
+    assert not any("feature_extractor" in name for name in state["ema"])
+    middle = (before.weights["proj.weight"] + average["proj.weight"]) / 2
+    torch.testing.assert_close(state["ema"]["proj.weight"], middle)
+    assert state["progress"]["best"] is None or state["progress"]["best"] != 9.0
+
+
+def test_the_loss_scale_of_another_program_is_gone_on_with(data, tmp_path):
+    before = pretrained(step=41)
+    scaler = {"scale": 16.0, "num_skipped": 3, "since_overflow": 1, "since_change": 1, "overflows_since_change": 0}
+    config = replace(before.config, precision=PrecisionConfig(fp16=True))
+    theirs = replace(before, config=config, optimizer=adam(before.weights, 40), scaler=scaler)
+    fairseq.write(tmp_path / "theirs.pt", theirs)
+    more = ["--fp16", "--resume_from", str(tmp_path / "theirs.pt")]
+    assert run("pretrain", data, tmp_path / "run", *more, updates=42)["scaler"]["scale"] == 16.0
+
+
+def test_codes_as_negatives_need_a_model_with_a_quantizer(data, tmp_path):
+    native.write(tmp_path / "a.pt", pretrained(replace(MODEL, quantize_targets=False)))
+    with pytest.raises(ConfigError, match="--codebook_negatives: needs a model with a quantizer"):
+        run("pretrain", data, tmp_path / "run", "--init_from", str(tmp_path / "a.pt"), "--codebook_negatives", "3")
+
+
+def test_the_mode_of_the_file_must_be_that_of_the_run(data, tmp_path):
+    before = finetuned(step=7)
+    native.write(tmp_path / "a.pt", replace(before, optimizer=adam(before.weights, 7)))
+    with pytest.raises(CheckpointError, match="--resume_from .*: is of finetune, this is pretrain; .*--init_from"):
+        run("pretrain", data, tmp_path / "run", "--resume_from", str(tmp_path / "a.pt"), updates=8)
+
+
 def test_wrong_uses_of_the_flags(data, tmp_path, capsys):
     native.write(tmp_path / "a.pt", pretrained())
     common = ["--data", str(data), "--output_dir", str(tmp_path / "run")]
@@ -176,6 +230,10 @@ def test_wrong_uses_of_the_flags(data, tmp_path, capsys):
     assert "--init_from none.pt: no such file" in fails(capsys, "pretrain", *common, "--init_from", "none.pt")
     assert "--resume_from none.pt: no such file" in fails(capsys, "finetune", *common, "--resume_from", "none.pt")
     assert "--w2v_path: is missing" in fails(capsys, "finetune", *common)
+    assert "--w2v_path: is missing" in fails(capsys, "finetune", *common, "--resume")
+    assert "--w2v_path --resume_from: only one" in fails(
+        capsys, "finetune", *common, "--w2v_path", str(tmp_path / "a.pt"), "--resume_from", str(tmp_path / "a.pt")
+    )
 
 
 @pytest.mark.parametrize("program", WRITERS)

@@ -13,9 +13,10 @@ from tiny_model import HOURGLASS, LARGE, MODEL
 
 from common.errors import CheckpointError, ConfigError, DataError
 from utils import convert_checkpoint, inspect_checkpoint
+from wav2vec2.config import DataConfig, OptimConfig
 from wav2vec2.convert import native
 from wav2vec2.convert.contents import Contents
-from wav2vec2.convert.load_any import FORMATS, load_any
+from wav2vec2.convert.load_any import WRITERS, load_any
 
 ARCHITECTURES = {
     "base": MODEL,
@@ -24,7 +25,7 @@ ARCHITECTURES = {
     "code width": replace(MODEL, latent_dim=6, latent_groups=3),
     "wide code": replace(LARGE, latent_vars=3, final_dim=10, latent_dim=20),
 }
-OTHERS = [name for name in FORMATS if name != "native"]
+OTHERS = [name for name in list(WRITERS) if name != "native"]
 
 
 def converted(source: Path, target: Path, to: str, *more: str) -> Contents:
@@ -63,6 +64,7 @@ def test_the_hourglass_goes_to_nvidia_and_back(tmp_path, make):
     ):
         before = make(architecture)
         folder = tmp_path / architecture.hourglass_resample
+        folder.mkdir()
         native.write(folder / "a.pt", before)
         converted(folder / "a.pt", folder / "there", "nvidia")
         back = converted(folder / "there", folder / "back.pt", "native")
@@ -125,7 +127,7 @@ def test_what_hugging_face_has_no_place_for_is_told(tmp_path, capsys):
 def test_16_bit_weights_stay_16_bit_and_are_exact_in_32(tmp_path, program, dtype):
     before = finetuned()
     short = {name: tensor.to(dtype) for name, tensor in before.weights.items()}
-    convert_checkpoint.WRITERS[program](tmp_path / "there", replace(before, weights=short))
+    WRITERS[program](tmp_path / "there", replace(before, weights=short))
     other = "nvidia" if program == "fairseq" else "fairseq"
     same_weights(converted(tmp_path / "there", tmp_path / "other", other).weights, short)
     back = converted(tmp_path / "there", tmp_path / "back.pt", "native")
@@ -164,24 +166,24 @@ def test_a_writer_that_changes_the_smallest_thing_is_found_and_leaves_no_output(
     tmp_path, monkeypatch, capsys, careless
 ):
     native.write(tmp_path / "a.pt", finetuned())
-    write = convert_checkpoint.WRITERS["fairseq"]
-    monkeypatch.setitem(convert_checkpoint.WRITERS, "fairseq", lambda path, contents: write(path, careless(contents)))
+    write = WRITERS["fairseq"]
+    monkeypatch.setitem(WRITERS, "fairseq", lambda path, contents: write(path, careless(contents)))
     with pytest.raises(CheckpointError, match=r"--to fairseq: .*; nothing was written"):
         converted(tmp_path / "a.pt", tmp_path / "there", "fairseq")
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
     assert "largest difference on one waveform: " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("program", FORMATS)
+@pytest.mark.parametrize("program", list(WRITERS))
 def test_a_writer_that_fails_leaves_nothing(tmp_path, monkeypatch, program):
     native.write(tmp_path / "a.pt", finetuned())
-    write = convert_checkpoint.WRITERS[program]
+    write = WRITERS[program]
 
     def dying(path: Path, contents: Contents) -> None:
         write(path, contents)
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setitem(convert_checkpoint.WRITERS, program, dying)
+    monkeypatch.setitem(WRITERS, program, dying)
     with pytest.raises(DataError, match="cannot be written"):
         converted(tmp_path / "a.pt", tmp_path / "there", program)
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
@@ -202,9 +204,32 @@ def test_fairseq_gets_its_dictionary_beside_the_file(tmp_path):
     assert not (tmp_path / "out" / "b.pt").exists()
 
 
+def test_the_next_epoch_is_told_where_one_has_ended(tmp_path, capsys):
+    plan = {"utterances": 9, "sub_batches": 9, "sub_batches_per_update": 2, "seed": 1}  # 4 updates per epoch
+    for position, epoch in ((3, 2), (4, 3)):
+        before = pretrained(step=8, loader={"epoch": 2, "position": position, **plan})
+        native.write(tmp_path / f"{position}.pt", before)
+        for program in ("fairseq", "nvidia"):
+            there = converted(tmp_path / f"{position}.pt", tmp_path / f"{position}.{program}", program)
+            assert there.epoch == epoch
+        assert ("the position within the epoch" in capsys.readouterr().out) == (position == 3)
+
+
+def test_options_without_a_place_are_told(tmp_path, capsys):
+    before = pretrained(step=8)
+    optim = OptimConfig(lr_policy="noam", warmup_updates=10, ema=0.9)
+    config = replace(before.config, optim=optim, data=DataConfig(num_concat_batches=4, update_freq=2))
+    native.write(tmp_path / "a.pt", replace(before, config=config))
+    there = converted(tmp_path / "a.pt", tmp_path / "there.pt", "fairseq")
+    assert there.config.data.update_freq == 8
+    told = capsys.readouterr().out
+    assert "no place for this curve of the learning rate (--lr_policy noam)" in told
+    assert "no place for the decay of the averaged weights" in told
+
+
 def test_a_dictionary_names_the_symbols_of_a_file_without(tmp_path):
     before = finetuned()
-    convert_checkpoint.WRITERS["fairseq"](tmp_path / "a.pt", replace(before, labels=None))
+    WRITERS["fairseq"](tmp_path / "a.pt", replace(before, labels=None))
     (tmp_path / "dict.ltr.txt").write_text("".join(f"{symbol} 1\n" for symbol in SYMBOLS[4:]))
     for program in ("nvidia", "huggingface"):
         with pytest.raises(CheckpointError, match=f"--to {program}: .*--dictionary"):
@@ -215,8 +240,23 @@ def test_a_dictionary_names_the_symbols_of_a_file_without(tmp_path):
         assert there.labels == SYMBOLS
 
 
-def test_mistakes_of_the_user_name_what_to_do(tmp_path):
+def test_mistakes_of_the_user_name_what_to_do(tmp_path, capsys):
     native.write(tmp_path / "a.pt", finetuned())
+    with pytest.raises(ConfigError, match="--no_ema: has an effect only with"):
+        converted(tmp_path / "a.pt", tmp_path / "b.pt", "fairseq", "--no_ema")
+    with pytest.raises(ConfigError, match="is the name of the dictionary"):
+        converted(tmp_path / "a.pt", tmp_path / "dict.ltr.txt", "fairseq")
+    broken = finetuned()
+    broken.weights["proj.bias"][1] = float("nan")
+    native.write(tmp_path / "nan.pt", broken)
+    with pytest.raises(CheckpointError, match=r"nan\.pt: holds weights that are not finite: proj\.bias"):
+        converted(tmp_path / "nan.pt", tmp_path / "b.pt", "fairseq")
+    native.write(tmp_path / "pre.pt", pretrained())
+    with pytest.raises(DataError, match="is a pre-trained model without output layer"):
+        converted(tmp_path / "pre.pt", tmp_path / "b.pt", "fairseq", "--dictionary", str(tmp_path / "a.pt"))
+    with pytest.raises(CheckpointError, match="none"):
+        inspect_checkpoint.main([str(tmp_path / name) for name in ("none.pt", "a.pt")])
+    assert "fine-tuned (CTC)" in capsys.readouterr().out  # one bad file does not hide the others
     with pytest.raises(ConfigError, match="is there already; remove it or name another"):
         converted(tmp_path / "a.pt", tmp_path / "a.pt", "native")
     with pytest.raises(CheckpointError, match="there is no such file"):
@@ -225,10 +265,10 @@ def test_mistakes_of_the_user_name_what_to_do(tmp_path):
         converted(tmp_path, tmp_path / "b.pt", "native")
 
 
-@pytest.mark.parametrize("program", FORMATS)
+@pytest.mark.parametrize("program", list(WRITERS))
 def test_inspection_says_what_a_file_is(tmp_path, capsys, program):
     before = finetuned(LARGE, step=40)
-    convert_checkpoint.WRITERS[program](tmp_path / "model", before)
+    WRITERS[program](tmp_path / "model", before)
     inspect_checkpoint.main([str(tmp_path / "model")])
     lines = dict(line.strip().split(": ", 1) for line in capsys.readouterr().out.splitlines()[1:])
     lines = {topic: text.strip() for topic, text in lines.items()}
@@ -252,7 +292,7 @@ def test_inspection_tells_what_is_missing(tmp_path, capsys):
     architecture = replace(HOURGLASS, quantize_targets=False)
     before = pretrained(architecture, step=7, best=1.25, loader={"epoch": 2, "position": 3})
     native.write(tmp_path / "a.pt", replace(before, optimizer=adam(before.weights, 7)))
-    convert_checkpoint.WRITERS["fairseq"](tmp_path / "b.pt", finetuned(labels=None))
+    WRITERS["fairseq"](tmp_path / "b.pt", finetuned(labels=None))
     inspect_checkpoint.main([str(tmp_path / "a.pt"), str(tmp_path / "b.pt")])
     told = capsys.readouterr().out
     for text in (

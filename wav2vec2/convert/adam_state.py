@@ -6,13 +6,13 @@ They number the parameters in the order of the module, or (16-bit runs) keep one
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.errors import CheckpointError
+from common.errors import CheckpointError, shown
 from common.schedules import make_schedule
 from wav2vec2.config import Config
 from wav2vec2.convert.contents import Contents
@@ -33,8 +33,9 @@ def read(
     weights: Mapping[str, Tensor],
     table: NameTable,
     native_names: Sequence[str],
+    idle: Collection[str] = (),
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """This toolkit's optimizer state, and remarks; parameters that never had a gradient have zeros.
+    """This toolkit's optimizer state without `idle` parameters, and remarks; without a gradient there are zeros.
 
     It counts updates once for the trunk and once for the output layer, so the highest count of each is taken:
     where layers sat out some updates (LayerDrop), their counts are a little lower.
@@ -44,6 +45,8 @@ def read(
     steps: dict[bool, set[int]] = {True: set(), False: set()}
     by_name: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
     for names, entry in zip(groups, entries, strict=True):
+        if names[0] in idle:
+            continue
         if entry is not None:
             steps[names[0].endswith((".proj.weight", ".proj.bias"))].add(_step(where, entry, state))
         for moment in MOMENTS:
@@ -111,7 +114,8 @@ def _entries(
         step = {"step": _step(where, flat, state)}
         return [{moment: vectors[moment][i] for moment in MOMENTS} | step for i in range(len(groups))]
     if not set(found) <= set(range(len(groups))):
-        raise _other(where, f"it has {len(found)} entries, the model {len(groups)} parameters")
+        strange = sorted(map(shown, set(found) - set(range(len(groups)))))
+        raise _other(where, f"it is of parameter {strange[0]}, the model has {len(groups)}")
     return [found.get(number) for number in range(len(groups))]
 
 

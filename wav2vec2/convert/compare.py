@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from common.data.audio import normalize
 from wav2vec2.config import DropoutConfig
+from wav2vec2.convert.adam_state import MOMENTS
 from wav2vec2.convert.contents import PRETRAINING_HEADS, Contents
 from wav2vec2.convert.huggingface_labels import NEVER
 from wav2vec2.model import Wav2Vec2Ctc, Wav2Vec2Model
@@ -26,6 +29,33 @@ def differences(one: Contents, other: Contents) -> dict[str, float]:
     """
     ours, theirs = _outputs(one), _outputs(other)
     return {name: _distance(ours[name], theirs[name]) for name in ours if name in theirs}
+
+
+def changed_parts(before: Contents, after: Contents) -> list[str]:
+    """What of `before` is not the same in `after`: weights by name, symbols, architecture, training state."""
+    parts = [name for name in {**before.weights, **after.weights} if not _equal(before.weights, after.weights, name)]
+    average, other = before.averaged or {}, after.averaged or {}
+    parts += [f"the average of {name}" for name in average if not _equal(average, other, name)]
+    moments, others = before.optimizer or {}, after.optimizer or {}
+    parts += [
+        f"{moment} of {name}"
+        for name in moments
+        for moment in MOMENTS
+        if not _equal(moments[name], others.get(name, {}), moment)
+    ]
+    named = {
+        "the symbols": (before.labels, after.labels),
+        "the conv blocks": (before.config.model.conv_layers(), after.config.model.conv_layers()),
+        "the count of updates": (before.step or 0, after.step or 0),
+        "the best validation result": (before.best, after.best),
+    }
+    return parts + [what for what, (old, new) in named.items() if old is not None and old != new]
+
+
+def _equal(one: Mapping[str, Any], other: Mapping[str, Any], name: str) -> bool:
+    if name not in one or name not in other:
+        return False
+    return torch.equal(one[name].to(other[name].dtype), other[name])
 
 
 def _outputs(contents: Contents) -> dict[str, Tensor]:

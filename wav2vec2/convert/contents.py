@@ -3,8 +3,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.data.sampler import updates_per_epoch
 from common.errors import CheckpointError, DataError, one_line
 from common.labels import Dictionary
 from wav2vec2.config import Config, DropoutConfig
@@ -20,6 +22,7 @@ from wav2vec2.model import Wav2Vec2Ctc, Wav2Vec2Model
 # What pre-training adds to the trunk. A file may lack all of it and still be fine-tuned.
 PRETRAINING_HEADS = ("quantizer.", "project_q.", "final_proj.")
 MASK_EMBEDDING = "mask_emb"
+_NO_TEXT = ("Cc", "Cs")  # control characters, and halves of characters, which no file can hold
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,15 @@ class Contents:
     @property
     def epoch(self) -> int | None:
         """The pass over the data in which training would go on."""
-        return self.loader["epoch"] if self.loader else None
+        return self.loader["epoch"] + self.epoch_has_ended if self.loader else None
+
+    @property
+    def epoch_has_ended(self) -> bool:
+        """Whether the position in the data is the end of its epoch."""
+        loader = self.loader or {}
+        if not loader.get("sub_batches") or not loader.get("sub_batches_per_update"):
+            return False  # of another program, which begins its epochs anew
+        return loader["position"] >= updates_per_epoch(loader["sub_batches"], loader["sub_batches_per_update"])
 
     @property
     def num_symbols(self) -> int:
@@ -66,10 +77,6 @@ class Contents:
     def inference_weights(self) -> dict[str, Tensor]:
         """The weights that results are reported with: averaged where there is an average."""
         return {**self.weights, **(self.averaged or {})}
-
-    def without_training_state(self) -> Contents:
-        """The model alone."""
-        return replace(self, optimizer=None, scaler=None, loader=None)
 
 
 def empty_model(config: Config, num_symbols: int) -> nn.Module:
@@ -117,6 +124,11 @@ def symbols_of(where: str, symbols: Any, num_symbols: int) -> tuple[str, ...]:
         )
     if any(symbol.split() != [symbol] for symbol in symbols):
         raise CheckpointError(f"{where}: has a symbol with white space, which no dictionary can hold; use another file")
+    strange = [symbol for symbol in symbols if any(unicodedata.category(c) in _NO_TEXT for c in symbol)]
+    if strange:
+        raise CheckpointError(
+            f"{where}: has symbols that are no text ({listed(map(ascii, strange), 3)}); use another file"
+        )
     try:
         return tuple(Dictionary.from_symbols(symbols).symbols)
     except DataError as error:
@@ -157,6 +169,15 @@ def _misfits(found: Mapping[str, Tensor], needed: Mapping[str, torch.Size]) -> l
             if name in found and found[name].shape != shape
         ),
     ]
+
+
+def refuse_hourglass(program: str, contents: Contents) -> None:
+    """What only this toolkit and NVIDIA's have."""
+    if contents.config.model.hourglass():
+        raise CheckpointError(
+            f"--to {program}: its models have no Hourglass ({contents.config.model.hourglass_transformer}), so it "
+            "cannot hold this one; nvidia and native can"
+        )
 
 
 def listed(items: Iterable[str], most: int = 30) -> str:

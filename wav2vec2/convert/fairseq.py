@@ -9,27 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from common import torch_file
 from common.errors import CheckpointError, shown
-from wav2vec2.convert import adam_state
-from wav2vec2.convert.contents import (
-    Contents,
-    check_complete,
-    check_part,
-    listed,
-    needed_shapes,
-    output_rows,
-    symbols_of,
-    weights_of,
-)
+from wav2vec2.convert import adam_state, original
+from wav2vec2.convert.contents import Contents, refuse_hourglass, symbols_of
 from wav2vec2.convert.fairseq_settings import settings
 from wav2vec2.convert.names import optimizer_groups, original_names, original_order
-from wav2vec2.convert.options import numbers, to_config
+from wav2vec2.convert.options import numbers
 from wav2vec2.convert.stand_ins import StandIn, count_in, number_in, plain, table_in
 
 _MODES = {"wav2vec2": "pretrain", "wav2vec_ctc": "finetune"}
@@ -41,7 +31,6 @@ _OF_FINETUNING = re.compile(
 )
 _OF_THE_RUN = ("normalize", "sample_rate", "fp16", "bf16", "amp", "max_tokens", "update_freq", "lr", "max_update")
 _OPTIMIZER = ("adam_betas", "adam_eps", "weight_decay", "clip_norm")
-_PRETRAINING_HEAD = re.compile(r"w2v_encoder\.w2v_model\.(quantizer|project_q|final_proj)\.")
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 _MAX_NUMBER = 1e15  # above that, and without end, it is no number of updates and no rate
 
@@ -58,36 +47,24 @@ def to_contents(path: str | Path, content: Mapping[str, Any]) -> Contents:
     where = str(path)
     cfg, model = _settings(where, content)
     mode, options = _mode_and_options(where, cfg, model)
-    config, remarks = to_config(where, mode, options)
-    foreign, told = _without_idle_heads(weights_of(where, content["model"]), mode)
-    num_symbols = output_rows(where, mode, foreign, "w2v_encoder.proj.weight")
-    names = original_names(config.model)
-    shapes = needed_shapes(config, num_symbols)
-    weights = names.to_native(where, foreign, shapes)
-    check_complete(where, weights, config, num_symbols)
+    extra = table_in(content, "extra_state")
+    contents = original.read(
+        where,
+        "fairseq",
+        mode,
+        options,
+        weights=content["model"],
+        averaged=table_in(extra, "ema"),
+        optimizer=table_in(content, "last_optimizer_state"),
+        position=table_in(extra, "train_iterator"),
+    )
     rest = plain(where, {key: content.get(key) for key in ("optimizer_history", "labels", "task_state")})
-    extra, state = table_in(content, "extra_state"), table_in(content, "last_optimizer_state")
-    averaged = names.to_native(where, weights_of(where, table_in(extra, "ema"), "ema"), shapes)
-    check_part(where, "averaged weights", averaged, weights)
-    optimizer = None
-    if table_in(state, "state"):
-        groups = optimizer_groups(foreign)
-        optimizer, counted = adam_state.read(where, state, groups, foreign, names, list(weights))
-        told += counted
-    epoch = count_in(table_in(extra, "train_iterator"), "epoch")
     history = rest["optimizer_history"] if isinstance(rest["optimizer_history"], list) else []
-    return Contents(
-        source="fairseq",
-        config=config,
-        weights=weights,
-        labels=_labels(where, rest, num_symbols),
-        averaged=averaged or None,
-        optimizer=optimizer,
-        scaler=adam_state.scaler_state(state),
-        loader=None if epoch is None else {"epoch": epoch, "position": 0},
+    return replace(
+        contents,
+        labels=_labels(where, rest, contents.num_symbols),
         step=count_in(history[-1] if history else None, "num_updates"),
         best=_best(mode, table_in(cfg, "checkpoint") or cfg, number_in(extra, "best")),
-        remarks=(*remarks, *told),
     )
 
 
@@ -97,12 +74,8 @@ def to_content(contents: Contents, data: str) -> dict[str, Any]:
     Raises CheckpointError for what fairseq's models do not have.
     """
     config = contents.config
-    if config.model.hourglass():
-        raise CheckpointError(
-            f"--to fairseq: its models have no Hourglass ({config.model.hourglass_transformer}), so it cannot hold "
-            "this one; nvidia and native can"
-        )
-    refuse_projection("fairseq", contents)
+    refuse_hourglass("fairseq", contents)
+    original.refuse_projection("fairseq", contents)
     table = original_names(config.model)
     weights = table.to_foreign(contents.weights)
     order = original_order(weights)
@@ -113,10 +86,10 @@ def to_content(contents: Contents, data: str) -> dict[str, Any]:
     }
     if contents.averaged:
         extra_state["ema"] = table.to_foreign({**contents.weights, **contents.averaged})
-    half = adam_state.keeps_flat(config)
+    optimizer = "FP16Optimizer" if adam_state.keeps_flat(config) else "FairseqAdam"
     history = {
         "criterion_name": "Wav2vecCriterion" if config.mode == "pretrain" else "CtcCriterion",
-        "optimizer_name": "FP16Optimizer" if half else "FairseqAdam",
+        "optimizer_name": "AMPOptimizer" if config.precision.amp else optimizer,
         "lr_scheduler_state": {"best": contents.best},
         "num_updates": contents.step or 0,
     }
@@ -134,16 +107,6 @@ def to_content(contents: Contents, data: str) -> dict[str, Any]:
     if contents.labels:
         content["labels"] = list(contents.labels)  # fairseq itself reads them from the dictionary in `data`
     return content
-
-
-def refuse_projection(program: str, contents: Contents) -> None:
-    """The originals have no projection of the features where it does not change their width."""
-    model = contents.config.model
-    if model.feature_projection == "always" and model.conv_layers()[-1][0] == model.encoder_embed_dim:
-        raise CheckpointError(
-            f"--to {program}: its models do not project features that have the width of the transformer "
-            f"({model.encoder_embed_dim}), and this one does; huggingface and native can hold it"
-        )
 
 
 def _mode_and_options(where: str, cfg: Mapping[str, Any], model: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -171,25 +134,30 @@ def _mode_and_options(where: str, cfg: Mapping[str, Any], model: Mapping[str, An
 
 
 def _schedule(cfg: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The learning rate in this toolkit's terms; fairseq's tri_stage is exp here."""
+    """The learning rate in this toolkit's terms, and its length; fairseq's tri_stage is exp here."""
     section = cfg.get("lr_scheduler")
     kind = section.get("_name") if isinstance(section, Mapping) else section
     if kind == "polynomial_decay":
-        end, peak = (_as_numbers(options.get(name)) for name in ("end_learning_rate", "lr"))
+        end, peak, total = (_as_numbers(options.get(n)) for n in ("end_learning_rate", "lr", "total_num_update"))
         scale = end[0] / peak[0] if end and peak and peak[0] > 0 else None
-        return {"lr_policy": "poly", "lr_poly_power": options.get("power"), "final_lr_scale": scale}
+        length = {"max_update": int(total[0])} if total else {}
+        return {"lr_policy": "poly", "lr_poly_power": options.get("power"), "final_lr_scale": scale, **length}
     if kind != "tri_stage":
-        return {"lr_policy": kind} if kind else {}
+        return {"lr_policy": f"{kind} of fairseq"} if kind else {}
     shares, updates = _as_numbers(options.get("phase_ratio")), _as_numbers(options.get("max_update"))
     lengths = [options.get(name) for name in ("warmup_steps", "hold_steps")]
+    length = {}
     if len(shares) == 3 and updates:
         lengths = [int(share * updates[0]) for share in shares[:2]]
+    elif steps := _as_numbers([*lengths, options.get("decay_steps")]):
+        length = {"max_update": int(sum(steps))} if any(steps) else {}
     return {
         "lr_policy": "exp",
         "warmup_updates": lengths[0],
         "hold_updates": lengths[1],
         "initial_lr_scale": options.get("init_lr_scale"),
         "final_lr_scale": options.get("final_lr_scale"),
+        **length,
     }
 
 
@@ -201,13 +169,6 @@ def _as_numbers(value: Any) -> list[float]:
         return []
     found = found if isinstance(found, (list, tuple)) else [found]
     return list(found) if all(isinstance(item, (int, float)) and abs(item) < _MAX_NUMBER for item in found) else []
-
-
-def _without_idle_heads(weights: dict[str, Tensor], mode: str) -> tuple[dict[str, Tensor], list[str]]:
-    """A fine-tuned file may still hold what only pre-training uses."""
-    idle = [name for name in weights if mode == "finetune" and _PRETRAINING_HEAD.match(name)]
-    kept = {name: tensor for name, tensor in weights.items() if name not in idle}
-    return kept, [f"{listed(idle)}: of pre-training, not used here"] if idle else []
 
 
 def _best(mode: str, options: Mapping[str, Any], best: float | None) -> float | None:

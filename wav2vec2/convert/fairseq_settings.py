@@ -91,16 +91,14 @@ def settings(config: Config, data: str) -> dict[str, Any]:
 
 def _of_the_run(config: Config) -> dict[str, Any]:
     """Precision, batches, optimizer and learning rate."""
-    optim, precision = config.optim, config.precision
+    optim, options = config.optim, from_config(config)
     metric = "loss" if config.mode == "pretrain" else "wer"
     return {
         "_name": None,
         "common": {
             "_name": None,
             "seed": config.run.seed,
-            "fp16": precision.fp16,
-            "bf16": precision.bf16,
-            "amp": precision.amp,
+            **{name: options[name] for name in ("fp16", "bf16", "amp")},
             "tpu": False,
         },
         "distributed_training": {"_name": None, "ddp_backend": "pytorch_ddp"},
@@ -114,7 +112,7 @@ def _of_the_run(config: Config) -> dict[str, Any]:
             "max_update": optim.max_update,
             "clip_norm": optim.clip_norm,
             "sentence_avg": config.mode == "finetune",
-            "update_freq": [config.data.update_freq],
+            "update_freq": [config.data.update_freq * config.data.num_concat_batches],  # it joins none
             "lr": [optim.lr],
         },
         "checkpoint": {
@@ -129,11 +127,11 @@ def _of_the_run(config: Config) -> dict[str, Any]:
             "weight_decay": optim.weight_decay,
             "lr": [optim.lr],
         },
-        "lr_scheduler": _lr_scheduler(config),
+        "lr_scheduler": lr_scheduler(config),
     }
 
 
-def _lr_scheduler(config: Config) -> dict[str, Any] | None:
+def lr_scheduler(config: Config) -> dict[str, Any] | None:
     """fairseq's polynomial_decay and tri_stage; None for curves that it does not have."""
     optim, curve = config.optim, schedule(config)
     if optim.lr_policy == "poly" and not curve["hold_updates"] and not curve["initial_lr_scale"]:

@@ -29,6 +29,8 @@ from wav2vec2.convert.contents import (
     check_complete,
     listed,
     needed_shapes,
+    output_rows,
+    refuse_hourglass,
     symbols_of,
 )
 from wav2vec2.convert.names import huggingface_names
@@ -64,7 +66,7 @@ def to_contents(folder: Path) -> Contents:
             f"{where}: config.json claims {config.model.encoder_layers} layers, the folder has only {len(found)} "
             "weights in all; use another folder"
         )
-    number = _output_rows(where, options, found) if mode == "finetune" else 0
+    number = _output_rows(where, mode, options, found)
     weights = _native(where, config, found, number)
     config, weights = _without_identity(config, weights)
     labels = None
@@ -111,21 +113,28 @@ def write(path: Path, contents: Contents) -> None:
     for name, table in files.items():
         (path / name).write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     target = path / _WEIGHT_FILES[0]
-    safetensors.torch.save_file(found, target, metadata={"format": "pt"})
+    _save(found, target)
     shutil.copymode(path / "config.json", target)  # the library lets nobody else read its files
     for name in (*files, target.name):
         with (path / name).open("rb") as file:
             os.fsync(file.fileno())
 
 
+def _save(found: dict[str, Tensor], target: Path) -> None:
+    """Write the weights. Raises OSError, which the library tells by its number only."""
+    try:
+        safetensors.torch.save_file(found, target, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(target)) from error
+
+
 def _refuse(contents: Contents) -> None:
     """What transformers' models do not have."""
     config = contents.config
-    if config.model.hourglass():
-        raise CheckpointError(
-            f"--to huggingface: its models have no Hourglass ({config.model.hourglass_transformer}), so it cannot hold "
-            "this one; nvidia and native can"
-        )
+    refuse_hourglass("huggingface", contents)
     if config.mode == "pretrain":
         if not config.model.quantize_targets:
             raise CheckpointError(
@@ -254,18 +263,16 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         raise torch_file.damaged(path, one_line(error, 100)) from error
 
 
-def _output_rows(where: str, options: Mapping[str, Any], found: Mapping[str, Tensor]) -> int:
-    """Rows of the output layer."""
-    weight = found.get(_OUTPUT)
-    if weight is None or weight.ndim != 2 or not len(weight):
-        raise CheckpointError(f"{where}: is a fine-tuned model without the matrix {_OUTPUT}; use another folder")
-    claimed = options.get("vocab_size", len(weight))
-    if claimed != len(weight):
+def _output_rows(where: str, mode: str, options: Mapping[str, Any], found: Mapping[str, Tensor]) -> int:
+    """Rows of the output layer, which config.json must know."""
+    number = output_rows(where, mode, found, _OUTPUT)
+    claimed = options.get("vocab_size", number)
+    if number and claimed != number:
         raise CheckpointError(
-            f"{where}: config.json: vocab_size {shown(claimed)}: the output layer has {len(weight)} rows; "
+            f"{where}: config.json: vocab_size {str(claimed)[:40]}: the output layer has {number} rows; "
             "correct config.json"
         )
-    return len(weight)
+    return number
 
 
 # ---- Tables ---------------------------------------------------------------------------------------------------------

@@ -134,9 +134,10 @@ def original_order(names: Iterable[str]) -> list[str]:
         number = re.search(r"layers\.(\d+)\.", trunk)
         part = next((i for i, start in enumerate(_LAYER_ORDER) if f".{start}" in trunk), len(_LAYER_ORDER))
         layer = (int(number[1]), part if "encoder." in trunk else 0) if number else (0, 0)
-        return head, rank, *layer
+        module, _, kind = trunk.rpartition(".")
+        return head, rank, *layer, module, kind == "bias"
 
-    return sorted(names, key=place)  # stable: weight before bias, as they come
+    return sorted(names, key=place)
 
 
 def optimizer_groups(names: Iterable[str], *, stacked: bool = False) -> list[list[str]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from common import checkpoint, flags
+from common import checkpoint, flags, torch_file
 from common.errors import CheckpointError, ConfigError, one_line, shown
 from wav2vec2.config import Config
 from wav2vec2.convert.adam_state import MOMENTS, SCALER_COUNTERS
@@ -62,8 +62,8 @@ def to_state(contents: Contents) -> dict[str, Any]:
 
 
 def write(path: Path, contents: Contents) -> None:
-    """Write a checkpoint of this toolkit."""
-    checkpoint.save(path, to_state(contents))
+    """Write a checkpoint of this toolkit. Raises OSError."""
+    torch_file.write(path, checkpoint.file_content(to_state(contents)))
 
 
 def saved_config(state: Mapping[str, Any], path: str | Path) -> Config:

@@ -4,26 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from common import torch_file
 from common.errors import CheckpointError, shown
-from common.labels import SPECIAL_SYMBOLS
+from common.labels import SPECIAL_SYMBOLS, Dictionary
 from wav2vec2.config import Config
-from wav2vec2.convert import adam_state
-from wav2vec2.convert.contents import (
-    Contents,
-    check_complete,
-    check_part,
-    needed_shapes,
-    output_rows,
-    symbols_of,
-    weights_of,
-)
-from wav2vec2.convert.fairseq import refuse_projection
+from wav2vec2.convert import adam_state, original
+from wav2vec2.convert.contents import Contents, symbols_of
 from wav2vec2.convert.names import optimizer_groups, original_names, original_order
-from wav2vec2.convert.options import from_config, schedule, to_config
+from wav2vec2.convert.options import from_config, schedule
 from wav2vec2.convert.stand_ins import count_in, number_in, plain, table_in
 
 _MODES = ("pretrain", "finetune")
@@ -42,41 +34,30 @@ def to_contents(path: str | Path, content: Mapping[str, Any]) -> Contents:
     mode = args["mode"]
     if mode not in _MODES:
         raise CheckpointError(f"{where}: has the mode {shown(mode)}; this toolkit has {' and '.join(_MODES)}")
-    config, remarks = to_config(where, mode, args)
-    foreign = weights_of(where, content["model"])
-    num_symbols = output_rows(where, mode, foreign, "w2v_encoder.proj.weight")
-    names = original_names(config.model)
-    shapes = needed_shapes(config, num_symbols)
-    weights = names.to_native(where, foreign, shapes)
-    check_complete(where, weights, config, num_symbols)
-    averaged = names.to_native(where, weights_of(where, table_in(content, "ema_model"), "ema_model"), shapes)
-    check_part(where, "averaged weights", averaged, weights)
-    optimizer, state = None, table_in(content, "optimizer")
-    told: list[str] = []
-    if table_in(state, "state"):
-        groups = optimizer_groups(foreign, stacked=args.get("mha") != "fairseq")
-        optimizer, told = adam_state.read(where, state, groups, foreign, names, list(weights))
     progress = table_in(content, "train_state")
-    epoch = count_in(progress, "epoch")
-    return Contents(
-        source="nvidia",
-        config=config,
-        weights=weights,
-        labels=_labels(where, content.get("output_labels"), num_symbols),
-        averaged=averaged or None,
-        optimizer=optimizer,
-        scaler=adam_state.scaler_state(state),
-        loader=None if epoch is None else {"epoch": epoch, "position": 0},
+    contents = original.read(
+        where,
+        "nvidia",
+        mode,
+        args,
+        weights=content["model"],
+        averaged=table_in(content, "ema_model"),
+        optimizer=table_in(content, "optimizer"),
+        position=progress,
+        stacked=args.get("mha") != "fairseq",
+    )
+    return replace(
+        contents,
+        labels=_labels(where, content.get("output_labels"), contents.num_symbols),
         step=count_in(progress, "step"),
         best=number_in(progress, "best_val_wer" if mode == "finetune" else "best_val_loss"),
-        remarks=(*remarks, *told),
     )
 
 
 def to_content(contents: Contents) -> dict[str, Any]:
     """A checkpoint in NVIDIA's layout, as plain data. Raises CheckpointError for what its models do not have."""
     config = contents.config
-    refuse_projection("nvidia", contents)
+    original.refuse_projection("nvidia", contents)
     table = original_names(config.model)
     weights = table.to_foreign(contents.weights)
     order, half = original_order(weights), adam_state.keeps_flat(config)
@@ -102,8 +83,7 @@ def to_content(contents: Contents) -> dict[str, Any]:
                 "--to nvidia: its fine-tuned files hold the symbols of the output layer, which this one lacks; "
                 "name their file with --dictionary"
             )
-        lines = [f"{symbol} {len(contents.labels) - i}\n" for i, symbol in enumerate(contents.labels)]
-        content["output_labels"] = "".join(lines[len(SPECIAL_SYMBOLS) :])
+        content["output_labels"] = "".join(f"{line}\n" for line in Dictionary(contents.labels).lines())
     return content
 
 

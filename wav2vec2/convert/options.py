@@ -103,7 +103,7 @@ def to_config(where: str, mode: str, options: Mapping[str, Any]) -> tuple[Config
         flags.from_dict(Config, {"mode": mode, **sections})
         for key, names in _OF_THE_RUN.items():
             sections[key] = {name: values[name] for name in names if name in values and _usable(key, name, values)}
-            unusable = [name for name in names if values.get(name) and name not in sections[key]]
+            unusable = [name for name in names if name in values and name not in sections[key]]
             remarks += [f"{name} {shown(values[name])} has no counterpart in this toolkit" for name in unusable]
         config = flags.from_dict(Config, {"mode": mode, **sections})
     except (ConfigError, ValueError, TypeError, OverflowError) as error:
@@ -126,6 +126,8 @@ def from_config(config: Config) -> dict[str, Any]:
     plain = flags.to_dict(config)
     options = {name: plain[key][name] for key, names in (_SECTIONS | _OF_THE_RUN).items() for name in names}
     options["hourglass_transformer"] = options["hourglass_transformer"] or None
+    if config.precision.amp:
+        options |= {"fp16": False, "bf16": False}
     if not config.model.quantize_targets:
         options["loss_weights"] = options["loss_weights"][1:]  # there is no diversity to weigh
     return options
@@ -148,6 +150,8 @@ def _values(options: Mapping[str, Any], mode: str) -> dict[str, Any]:
         values.pop("loss_weights", None)  # those of pre-training are of no more use and need not fit
         if not values["apply_mask"]:
             values |= {"mask_prob": 0.0, "mask_channel_prob": 0.0}
+    if values.get("amp") and not values.get("bf16"):
+        values["fp16"] = True  # there autocast is an option beside fp16, here it is a kind of it
     for policy, name in (("poly", "lr_poly_power"), ("exp", "lr_exp_decay")):
         if values.get("lr_policy", "poly") != policy:
             values.pop(name, None)  # there, but of no effect
