@@ -55,9 +55,9 @@ def build_run(config: Config, device: torch.device, command: list[str]) -> Run:
     master = {name: parameter.detach().float().clone() for name, parameter in model.named_parameters() if o2}
     if o2:
         to_half(model, HALF[config.precision.name], fp32_modules(model, config.precision.kept_in_fp32()))
-    task = _build_task(config, model).to(device)
+    task = build_task(config, model).to(device)
     engine = distributed.wrap(task, device, bucket_cap_mb=config.run.bucket_cap_mb)
-    optimizer = _build_optimizer(config, model)
+    optimizer = build_optimizer(config, model)
     if o2:
         optimizer.load_master({name: master[name] for name in optimizer.master_weights()})
     train, valid = _build_loaders(config, device, dictionary)
@@ -139,7 +139,8 @@ def _freeze_idle(model: nn.Module, config: Config) -> None:
         model.w2v.mask_emb.requires_grad_(False)
 
 
-def _build_task(config: Config, model: Wav2Vec2Model | Wav2Vec2Ctc) -> PretrainTask | FinetuneTask:
+def build_task(config: Config, model: Wav2Vec2Model | Wav2Vec2Ctc) -> PretrainTask | FinetuneTask:
+    """What DDP wraps: the model with its objective."""
     amp_dtype = HALF[config.precision.name] if config.precision.amp else None
     if isinstance(model, Wav2Vec2Ctc):
         return FinetuneTask(
@@ -161,7 +162,7 @@ def _build_task(config: Config, model: Wav2Vec2Model | Wav2Vec2Ctc) -> PretrainT
     )
 
 
-def _build_optimizer(config: Config, model: nn.Module) -> MixedPrecisionOptimizer:
+def build_optimizer(config: Config, model: nn.Module) -> MixedPrecisionOptimizer:
     """Adam over all trained parameters; the trunk is a group of its own where it can be frozen."""
     groups = parameter_groups(model, lambda name: "w2v" if name.startswith("w2v.") else "head")
     precision = config.precision

@@ -9,11 +9,14 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import soundfile
 
 from common.errors import DataError
+
+if TYPE_CHECKING:  # imported where a file is opened: programs on made batches need no audio library
+    import soundfile
 
 CONTAINERS = ("WAV", "WAVEX", "RF64", "FLAC")
 FLOATING = ("FLOAT", "DOUBLE")
@@ -58,6 +61,8 @@ def normalize(wave: np.ndarray) -> np.ndarray:
 @contextmanager
 def _opened(path: Path, place: str) -> Iterator[soundfile.SoundFile]:
     """The file as libsndfile sees it; every error of opening and decoding becomes a DataError."""
+    import soundfile
+
     try:
         state = path.stat()
         if not stat.S_ISREG(state.st_mode):  # a pipe would block for ever

@@ -483,3 +483,24 @@ def test_honest_text_is_shown_as_it_is():
     assert one_line("a b é") == "a b é"
     assert shown("it's") == '"it\'s"'
     assert shown([1, (2.5, None)]) == "[1, (2.5, None)]"
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_an_error_of_the_system():
+    with pytest.raises(OSError, match="No space left on device"):
+        torch_file.write(Path("/dev/full"), {"weight": torch.ones(100_000)})
+
+
+def test_ctrl_c_while_writing_stays_what_it_is(tmp_path, monkeypatch):
+    def interrupted(*_: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected pos 77006656 vs 77006544")  # as torch's writer does when it is closed
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        torch_file.write(tmp_path / "a.pt", {})

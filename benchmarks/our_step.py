@@ -1,0 +1,122 @@
+"""This toolkit's training step, and its parts on their own."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, cast
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+import train
+from benchmarks.stopwatch import Stopwatch
+from benchmarks.workload import SyntheticBatch, Workload
+from common import distributed
+from common.ema import Ema
+from common.precision import to_half
+from wav2vec2.build import HALF, build_model, build_optimizer, build_task, fp32_modules
+from wav2vec2.model import Encoded
+from wav2vec2.run import Run
+from wav2vec2.task import PretrainTask
+
+
+class OurStep:
+    """train.train_step on a run that has no data and writes nothing."""
+
+    def __init__(self, workload: Workload) -> None:
+        recipe, device = workload.recipe, workload.device
+        model = build_model(recipe, None)
+        if recipe.precision.name in HALF:
+            to_half(model, HALF[recipe.precision.name], fp32_modules(model, recipe.precision.kept_in_fp32()))
+        self.task = cast(PretrainTask, build_task(recipe, model).to(device))
+        self.optimizer = build_optimizer(recipe, model)
+        self.device = device
+        nothing = cast(Any, None)
+        self._run = Run(
+            config=recipe,
+            device=device,
+            task=self.task,
+            engine=distributed.wrap(self.task, device),
+            optimizer=self.optimizer,
+            schedule=lambda step: recipe.optim.lr,
+            ema=Ema(recipe.optim.ema, self.optimizer.master_weights()),
+            train_loader=nothing,
+            valid_loader=nothing,
+            dictionary=None,
+            logger=nothing,
+            frozen_weights={},
+        )
+
+    def step(self, batch: SyntheticBatch) -> None:
+        """One update: forward, backward, optimizer."""
+        progress = self._run.progress
+        progress.step += train.train_step(self._run, [batch], progress.step)
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained weights."""
+        return sum(parameter.numel() for parameter in self.task.model.parameters())
+
+
+class OurParts:
+    """The parts of our step on their own, with what a real step hands them: inputs, and gradients of their weights.
+
+    The gradients that go into the backward pass of extractor and encoder are random, of the real shape.
+    """
+
+    def __init__(self, ours: OurStep, batch: SyntheticBatch) -> None:
+        self._task, self._optimizer, self._batch = ours.task, ours.optimizer, batch
+        self._count = distributed.sum_across_ranks(self._task.count_units([batch]), ours.device)
+        self._losses()
+        weights = list(self._task.model.parameters())
+        self._gradients = [(weight, weight.grad) for weight in weights if weight.grad is not None]
+        encoded: Encoded = self._task.model(batch.audio_BS, mask_BT=batch.mask_BT)
+        self._encoded = Encoded(
+            _leaf(encoded.x_BTD), _leaf(encoded.features_BTC), _leaf(encoded.conv_features_BCT), frame_lengths_B=None
+        )
+        self._context_gradient = torch.randn_like(encoded.x_BTD)
+        self._conv_gradient = torch.randn_like(encoded.conv_features_BCT)
+        self._forget()
+
+    def time(self, stopwatch: Stopwatch, repeats: int) -> dict[str, float]:
+        """Mean seconds of forward and backward pass of every part, and of the optimizer's work."""
+        seconds = {
+            "extractor": stopwatch.time(self._extractor, repeats, self._forget),
+            "encoder": stopwatch.time(self._encoder, repeats, self._forget),
+        }
+        with self._fixed_trunk():
+            seconds["quantizer_logits"] = stopwatch.time(self._losses, repeats, self._forget)
+        seconds["optimizer"] = stopwatch.time(self._update, repeats, self._recall)  # the last: it leaves no gradients
+        return seconds
+
+    def _extractor(self) -> None:
+        self._task.model.feature_extractor(self._batch.audio_BS).backward(self._conv_gradient)
+
+    def _encoder(self) -> None:
+        self._task.model.encoder(self._encoded.x_BTD).backward(self._context_gradient)
+
+    def _losses(self) -> None:
+        self._optimizer.backward(self._task(self._batch, self._count)[0])
+
+    def _update(self) -> None:
+        self._optimizer.clip_grad_norm(0.0)
+        self._optimizer.step(lr=0.0)  # as much work as with any other, and the weights stay
+
+    def _forget(self) -> None:
+        self._optimizer.zero_grad()
+        for leaf in (self._encoded.x_BTD, self._encoded.features_BTC, self._encoded.conv_features_BCT):
+            leaf.grad = None
+
+    def _recall(self) -> None:
+        for weight, gradient in self._gradients:
+            weight.grad = gradient.clone()  # the optimizer may scale it in place
+
+    def _fixed_trunk(self) -> AbstractContextManager[Any]:
+        """While this lasts, extractor and encoder hand out what they once gave, so that the losses stand alone."""
+        return patch.object(self._task.model, "forward", lambda *args, **kwargs: self._encoded)
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_()
