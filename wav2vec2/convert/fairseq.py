@@ -27,8 +27,9 @@ _SECTIONS_READ = ("common", "dataset", "optimization", "optimizer", "lr_schedule
 # What fine-tuning sets itself; everything else is said by the settings of the pre-trained model.
 _OF_FINETUNING = re.compile(
     r"(no_)?mask_\w+|\w*dropout\w*|layerdrop|feature_grad_mult|freeze_finetune_updates|blank_\w+|apply_mask"
-    r"|zero_mask|layer_decay|autoregressive|freeze_regex|layer_type|adp_num"
+    r"|zero_mask|layer_decay|autoregressive|freeze_regex"
 )
+_REPLACED = ("layer_type", "adp_num")  # of the trunk, where fine-tuning names them
 _OF_THE_RUN = ("normalize", "sample_rate", "fp16", "bf16", "amp", "max_tokens", "update_freq", "lr", "max_update")
 _OPTIMIZER = ("adam_betas", "adam_eps", "weight_decay", "clip_norm")
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
@@ -128,7 +129,7 @@ def _mode_and_options(where: str, cfg: Mapping[str, Any], model: Mapping[str, An
         )
     inner = trunk["model"] if isinstance(trunk.get("model"), Mapping) else trunk
     kept = {name: value for name, value in _merged(trunk, inner).items() if not _OF_FINETUNING.fullmatch(name)}
-    own = (*_OF_THE_RUN, *_OPTIMIZER, *_schedule(cfg, options))
+    own = (*_REPLACED, *_OF_THE_RUN, *_OPTIMIZER, *_schedule(cfg, options))
     ours = {name: value for name, value in options.items() if _OF_FINETUNING.fullmatch(name) or name in own}
     return "finetune", {**kept, **ours}
 
@@ -149,6 +150,7 @@ def _schedule(cfg: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, A
     length = {}
     if len(shares) == 3 and updates:
         lengths = [int(share * updates[0]) for share in shares[:2]]
+        length = {"max_update": int(updates[0])}
     elif steps := _as_numbers([*lengths, options.get("decay_steps")]):
         length = {"max_update": int(sum(steps))} if any(steps) else {}
     return {
