@@ -64,8 +64,8 @@ def read(
     }, remarks
 
 
-def write(contents: Contents, groups: Groups, table: NameTable) -> dict[str, Any]:
-    """The optimizer state as torch's optimizers keep it, flat where the run is in 16 bits."""
+def write(contents: Contents, groups: Groups, table: NameTable, *, flat: bool) -> dict[str, Any]:
+    """The optimizer state as torch's optimizers keep it; `flat`: one vector over all parameters."""
     moments = {
         moment: table.to_foreign({name: entry[moment] for name, entry in (contents.optimizer or {}).items()})
         for moment in MOMENTS
@@ -80,16 +80,11 @@ def write(contents: Contents, groups: Groups, table: NameTable) -> dict[str, Any
             for moment, found in moments.items()
         }
         entries[number] = {"step": steps.get(names[0], last), **pieces}
-    if keeps_flat(contents.config):
+    if flat:
         vectors = {moment: torch.cat([entry[moment].flatten() for entry in entries.values()]) for moment in MOMENTS}
         entries = {0: {"step": last, **vectors}}
     scale = {"loss_scale": contents.scaler["scale"]} if contents.scaler else {}
     return {"state": entries, "param_groups": [_group(contents.config, len(entries), last)], **scale}
-
-
-def keeps_flat(config: Config) -> bool:
-    """Whether the original programs keep one vector over all parameters: in 16-bit runs without autocast."""
-    return (config.precision.fp16 or config.precision.bf16) and not config.precision.amp
 
 
 def scaler_state(state: Any) -> dict[str, Any] | None:
@@ -160,7 +155,7 @@ def _group(config: Config, parameters: int, step: int) -> dict[str, Any]:
     optim = config.optim
     rate = make_schedule(**optim.schedule(config.model.encoder_embed_dim))
     return {
-        "lr": rate(max(step - 1, 0)),
+        "lr": rate(max(step, 1)),  # that of the next update, which NVIDIA's takes from here
         "betas": list(optim.adam_betas),
         "eps": optim.adam_eps,
         "weight_decay": optim.weight_decay,

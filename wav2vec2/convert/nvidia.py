@@ -60,7 +60,8 @@ def to_content(contents: Contents) -> dict[str, Any]:
     original.refuse_projection("nvidia", contents)
     table = original_names(config.model)
     weights = table.to_foreign(contents.weights)
-    order, half = original_order(weights), adam_state.keeps_flat(config)
+    order, precision = original_order(weights), config.precision
+    half = (precision.fp16 or precision.bf16) and not precision.amp
     content: dict[str, Any] = {
         "args": _args(config),
         "model": {name: weights[name] for name in order},
@@ -76,7 +77,7 @@ def to_content(contents: Contents) -> dict[str, Any]:
         },
     }
     if contents.optimizer:
-        content["optimizer"] = adam_state.write(contents, optimizer_groups(order, stacked=True), table)
+        content["optimizer"] = adam_state.write(contents, optimizer_groups(order, stacked=True), table, flat=half)
     if config.mode == "finetune":
         if contents.labels is None:
             raise CheckpointError(
