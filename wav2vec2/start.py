@@ -28,6 +28,7 @@ from wav2vec2.convert.options import schedule
 log = logging.getLogger(__name__)
 
 _OUTPUT_LAYER = ("proj.weight", "proj.bias")
+_OF_TRAINING = ("dropout", "mask", "objective", "ctc", "optim", "precision")  # what decides what is learnt
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,8 @@ def _resume(config: Config, path: Path, state: dict[str, Any]) -> Start:
             "resume with its values, or choose another --output_dir"
         )
     config = replace(config, model=saved.model)
-    changed = _differences(_of_training(saved), _of_training(config))
+    sections = _OF_TRAINING if state.get("origin") else (*_OF_TRAINING, "data")  # other programs say little of their data
+    changed = _differences(_options(saved, sections), _options(config, sections))
     if changed:
         log.warning("options differ from those of %s, this command's count: %s", path, changed)
     dictionary = Dictionary.from_symbols(contents.labels) if contents.labels else None
@@ -257,13 +259,11 @@ def _check_origin(config: Config, saved: Config, path: Path) -> None:
             log.info("--%s %s: was read when the run began; it goes on from %s", name, given, path)
 
 
-def _of_training(config: Config) -> dict[str, Any]:
-    """The options that decide what is learnt, with all settings of the learning rate."""
+def _options(config: Config, sections: tuple[str, ...]) -> dict[str, Any]:
+    """The options of some sections, with all settings of the learning rate."""
     options = flags.to_dict(config)
-    kept = {name: options[name] for name in ("dropout", "mask", "objective", "ctc", "optim", "precision")}
-    kept["optim"] |= schedule(config)
-    kept["ctc"].pop("w2v_path")
-    return kept
+    options["optim"] |= schedule(config)
+    return {name: options[name] for name in sections}
 
 
 def _differences(old: Any, new: Any) -> str:
