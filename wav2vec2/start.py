@@ -236,7 +236,7 @@ def _resume(config: Config, path: Path, state: dict[str, Any]) -> Start:
             "resume with its values, or choose another --output_dir"
         )
     config = replace(config, model=saved.model)
-    sections = _OF_TRAINING if state.get("origin") else (*_OF_TRAINING, "data")  # other programs say little of their data
+    sections = _OF_TRAINING if state.get("origin") else (*_OF_TRAINING, "data")  # others say little of theirs
     changed = _differences(_options(saved, sections), _options(config, sections))
     if changed:
         log.warning("options differ from those of %s, this command's count: %s", path, changed)
