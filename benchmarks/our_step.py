@@ -28,7 +28,7 @@ class OurStep:
     def __init__(self, workload: Workload) -> None:
         recipe, device = workload.recipe, workload.device
         model = build_model(recipe, None)
-        if recipe.precision.name in HALF:
+        if recipe.precision.o2:
             to_half(model, HALF[recipe.precision.name], fp32_modules(model, recipe.precision.kept_in_fp32()))
         self.task = cast(PretrainTask, build_task(recipe, model).to(device))
         self.optimizer = build_optimizer(recipe, model)

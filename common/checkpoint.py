@@ -183,7 +183,7 @@ def _remove(temporary: Path) -> None:
 
 
 def recognised(path: str | Path, state: object) -> dict[str, Any]:
-    """What torch_file.read() gave, if it is a checkpoint of this toolkit; else an error that says whose it is."""
+    """What torch_file.read() gave, in the present version; CheckpointError if it is none of this toolkit's."""
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a checkpoint; use another file")
     if state.get("format") != FORMAT:

@@ -73,10 +73,9 @@ class DamagedError(CheckpointError):
 
 
 class PickledCodeError(CheckpointError):
-    """A file whose pickle asks for more than plain data; `names` are what it asks for."""
+    """A file whose pickle asks for more than plain data."""
 
     def __init__(self, path: Path, names: list[str]) -> None:
-        self.names = names
         super().__init__(
             f"{path}: holds pickled code ({one_line(', '.join(names[:3]), 120)!r}), which is never executed; "
             "use a checkpoint that holds plain data"

@@ -51,7 +51,7 @@ def build_run(config: Config, device: torch.device, command: list[str]) -> Run:
     start.fill(model)
     _freeze_idle(model, config)
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
-    o2 = config.precision.name in HALF and not config.precision.amp
+    o2 = config.precision.o2
     master = {name: parameter.detach().float().clone() for name, parameter in model.named_parameters() if o2}
     if o2:
         to_half(model, HALF[config.precision.name], fp32_modules(model, config.precision.kept_in_fp32()))

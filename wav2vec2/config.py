@@ -379,6 +379,11 @@ class PrecisionConfig:
         """The working precision: fp32, fp16 or bf16."""
         return "fp16" if self.fp16 else "bf16" if self.bf16 else "fp32"
 
+    @property
+    def o2(self) -> bool:
+        """Whether the model's weights are of half precision, over fp32 master weights."""
+        return (self.fp16 or self.bf16) and not self.amp
+
     def kept_in_fp32(self) -> tuple[str, ...]:
         """Operations that stay in fp32 under O2."""
         if self.fp32_ops is None:

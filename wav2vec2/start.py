@@ -105,7 +105,7 @@ def _fine_tune(config: Config) -> Start:
             f"--w2v_path: is missing, and --output_dir {config.run.output_dir} holds no run to go on with"
         )
     path = Path(config.ctc.w2v_path)
-    dictionary = _read_dictionary(config)
+    dictionary = Dictionary.read(_dictionary_path(config))
     contents = load_any(path)
     weights = contents.inference_weights()
     if contents.config.mode == "pretrain":
@@ -156,8 +156,8 @@ def _may_stay_fresh(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str
     }
 
 
-def _read_dictionary(config: Config) -> Dictionary:
-    return Dictionary.read(Path(config.data.data) / f"dict.{config.data.labels}.txt")
+def _dictionary_path(config: Config) -> Path:
+    return Path(config.data.data) / f"dict.{config.data.labels}.txt"
 
 
 def _tell(what: str, path: Path, contents: Contents) -> None:
@@ -211,8 +211,7 @@ def _state_of_any(path: Path, config: Config) -> dict[str, Any]:
                 f"{path}: has no {what}, so its training cannot go on; start anew from its weights with {fresh}"
             )
     if config.mode == "finetune" and contents.labels is None:
-        dictionary = Path(config.data.data) / f"dict.{config.data.labels}.txt"
-        contents = with_dictionary(contents, str(path), dictionary)
+        contents = with_dictionary(contents, str(path), _dictionary_path(config))
     _tell("goes on from", path, contents)
     for what in contents.missing:
         log.warning("%s: has no %s", path, what)

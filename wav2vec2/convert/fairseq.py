@@ -88,8 +88,7 @@ def to_content(contents: Contents, data: str) -> dict[str, Any]:
     if contents.averaged:
         extra_state["ema"] = table.to_foreign({**contents.weights, **contents.averaged})
     precision = config.precision
-    half = (precision.fp16 or precision.bf16) and not precision.amp
-    optimizer = "FP16Optimizer" if half else "FairseqAdam"
+    optimizer = "FP16Optimizer" if precision.o2 else "FairseqAdam"
     history = {
         "criterion_name": "Wav2vecCriterion" if config.mode == "pretrain" else "CtcCriterion",
         "optimizer_name": "AMPOptimizer" if precision.amp else optimizer,
@@ -106,7 +105,7 @@ def to_content(contents: Contents, data: str) -> dict[str, Any]:
         "extra_state": extra_state,
     }
     if contents.optimizer:
-        flat = half and not precision.bf16  # it does not flatten the parameters of bf16 runs
+        flat = precision.o2 and precision.fp16  # it does not flatten the parameters of bf16 runs
         content["last_optimizer_state"] = adam_state.write(contents, optimizer_groups(order), table, flat=flat)
     if contents.labels:
         content["labels"] = list(contents.labels)  # fairseq itself reads them from the dictionary in `data`

@@ -23,7 +23,7 @@ _TRUNK_OPTIONS = (
 )
 _CTC_OPTIONS = (
     *("dropout_input", "final_dropout", "dropout", "attention_dropout", "activation_dropout", "feature_grad_mult"),
-    *("freeze_finetune_updates", "blank_weight", "blank_mode"),
+    *("freeze_finetune_updates", "blank_weight", "blank_mode", "apply_mask"),
     *_MASK_OPTIONS,
 )
 _FIXED_IN_TRUNK = {
@@ -78,7 +78,6 @@ def settings(config: Config, data: str) -> dict[str, Any]:
     model = {
         "_name": "wav2vec_ctc",
         "w2v_path": "",
-        "apply_mask": config.mask.mask_prob > 0 or config.mask.mask_channel_prob > 0,
         **{name: options[name] for name in _CTC_OPTIONS},
         "layerdrop": options["encoder_layerdrop"],
         "normalize": config.model.normalize,

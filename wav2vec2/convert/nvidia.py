@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import torch_file
+from common import flags, torch_file
 from common.errors import CheckpointError, shown
 from common.labels import SPECIAL_SYMBOLS, Dictionary
 from wav2vec2.config import Config
@@ -17,8 +17,6 @@ from wav2vec2.convert.contents import Contents, symbols_of
 from wav2vec2.convert.names import optimizer_groups, original_names, original_order
 from wav2vec2.convert.options import from_config, schedule
 from wav2vec2.convert.stand_ins import count_in, number_in, plain, table_in
-
-_MODES = ("pretrain", "finetune")
 
 
 def recognises(content: Any) -> bool:
@@ -32,8 +30,8 @@ def to_contents(path: str | Path, content: Mapping[str, Any]) -> Contents:
     where = str(path)
     args = plain(where, content["args"])
     mode = args["mode"]
-    if mode not in _MODES:
-        raise CheckpointError(f"{where}: has the mode {shown(mode)}; this toolkit has {' and '.join(_MODES)}")
+    if mode not in flags.MODES:
+        raise CheckpointError(f"{where}: has the mode {shown(mode)}; this toolkit has {' and '.join(flags.MODES)}")
     progress = table_in(content, "train_state")
     contents = original.read(
         where,
@@ -60,8 +58,7 @@ def to_content(contents: Contents) -> dict[str, Any]:
     original.refuse_projection("nvidia", contents)
     table = original_names(config.model)
     weights = table.to_foreign(contents.weights)
-    order, precision = original_order(weights), config.precision
-    half = (precision.fp16 or precision.bf16) and not precision.amp
+    order, half = original_order(weights), config.precision.o2
     content: dict[str, Any] = {
         "args": _args(config),
         "model": {name: weights[name] for name in order},
@@ -113,7 +110,6 @@ def _args(config: Config) -> dict[str, Any]:
         **from_config(config),
         "mode": config.mode,
         "sample_rate": config.model.sample_rate,
-        "apply_mask": config.mode == "finetune" and (config.mask.mask_prob > 0 or config.mask.mask_channel_prob > 0),
         "max_tokens_valid": data.max_tokens_valid or data.max_tokens,
         "max_sample_size": data.max_sample_size or None,
         "min_sample_size": data.min_sample_size or None,

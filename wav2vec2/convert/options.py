@@ -126,6 +126,8 @@ def from_config(config: Config) -> dict[str, Any]:
     plain = flags.to_dict(config)
     options = {name: plain[key][name] for key, names in (_SECTIONS | _OF_THE_RUN).items() for name in names}
     options["hourglass_transformer"] = options["hourglass_transformer"] or None
+    masks = config.mask.mask_prob > 0 or config.mask.mask_channel_prob > 0
+    options["apply_mask"] = config.mode == "finetune" and masks  # pre-training masks in any case
     if config.precision.amp:
         options |= {"fp16": False, "bf16": False}
     if not config.model.quantize_targets:

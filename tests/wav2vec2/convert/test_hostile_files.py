@@ -50,11 +50,7 @@ SCALER = {"scale": 2.0, **dict.fromkeys(("num_skipped", "since_overflow", "since
 KINDS: dict[str, Callable[[Contents], dict[str, Any]]] = {
     "fairseq": lambda contents: fairseq.to_content(contents, "data"),
     "nvidia": nvidia.to_content,
-    "native": lambda contents: {
-        **native.to_state(contents),
-        "format": checkpoint.FORMAT,
-        "format_version": checkpoint.FORMAT_VERSION,
-    },
+    "native": lambda contents: checkpoint.file_content(native.to_state(contents)),
 }
 EACH_KIND = pytest.mark.parametrize("kind", KINDS)
 EACH_MODE = pytest.mark.parametrize("make", [pretrained, finetuned])
