@@ -51,7 +51,7 @@ def infer(config: InferenceConfig, device: torch.device, logger: RunLogger | Non
         report(config, found, speech, values, logger)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def recognize(recognizer: Recognizer, speech: Speech, watch: Stopwatch, *, keep_log_probs: bool) -> list[Transcript]:
     """One pass over this process's share: batches -> log-probabilities -> best paths -> texts."""
     found: list[Transcript] = []
@@ -101,6 +101,7 @@ def open_speech(config: InferenceConfig, recognizer: Recognizer, *, pin_memory: 
         Path(config.transcribe_filelist or f"{subset}.tsv"),
         None if config.transcribe_filelist else Path(f"{subset}.{config.labels}"),
         recognizer,
+        max_tokens=config.max_tokens,
         batch_size=config.batch_size,
         num_workers=config.num_workers,
         pin_memory=pin_memory,

@@ -74,10 +74,10 @@ class OurParts:
         self._gradients = [(weight, weight.grad) for weight in weights if weight.grad is not None]
         encoded: Encoded = self._task.model(batch.audio_BS, mask_BT=batch.mask_BT)
         self._encoded = Encoded(
-            _leaf(encoded.x_BTD), _leaf(encoded.features_BTC), _leaf(encoded.conv_features_BCT), frame_lengths_B=None
+            _leaf(encoded.x), _leaf(encoded.features_BTC), _leaf(encoded.conv_features_BTC), frame_lengths_B=None
         )
-        self._context_gradient = torch.randn_like(encoded.x_BTD)
-        self._conv_gradient = torch.randn_like(encoded.conv_features_BCT)
+        self._context_gradient = torch.randn_like(encoded.x)
+        self._conv_gradient = torch.randn_like(encoded.conv_features_BTC)
         self._forget()
 
     def time(self, stopwatch: Stopwatch, repeats: int) -> dict[str, float]:
@@ -95,7 +95,7 @@ class OurParts:
         self._task.model.feature_extractor(self._batch.audio_BS).backward(self._conv_gradient)
 
     def _encoder(self) -> None:
-        self._task.model.encoder(self._encoded.x_BTD).backward(self._context_gradient)
+        self._task.model.encoder(self._encoded.x).backward(self._context_gradient)
 
     def _losses(self) -> None:
         self._optimizer.backward(self._task(self._batch, self._count)[0])
@@ -106,7 +106,7 @@ class OurParts:
 
     def _forget(self) -> None:
         self._optimizer.zero_grad()
-        for leaf in (self._encoded.x_BTD, self._encoded.features_BTC, self._encoded.conv_features_BCT):
+        for leaf in (self._encoded.x, self._encoded.features_BTC, self._encoded.conv_features_BTC):
             leaf.grad = None
 
     def _recall(self) -> None:

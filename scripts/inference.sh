@@ -11,7 +11,10 @@
 
 python=$(find_python)
 set_processes "$python" 1
-OUTPUT_DIR=${OUTPUT_DIR//@LAYOUT@/${BATCH_SIZE}_$(precision)}
+# Benchmarks keep the results of every kind of batch and precision apart.
+layout=$BATCH_SIZE
+if [ "${MAX_TOKENS:-0}" != 0 ]; then layout=${layout}x$MAX_TOKENS; fi
+OUTPUT_DIR=${OUTPUT_DIR//@LAYOUT@/${layout}_$(precision)}
 
 add w2v_path FINETUNED_MODEL
 add dictionary DICTIONARY
@@ -31,6 +34,7 @@ fi
 add save_predictions PREDICTION_FILE
 add save_logits LOGITS_FILE
 add batch_size BATCH_SIZE
+add max_tokens MAX_TOKENS
 add_switch fp16 FP16
 add_switch bf16 BF16
 add_switch_off allow_tf32 TF32

@@ -198,9 +198,9 @@ def encode(
     results = {name: call[0][1] for name, call in calls.items() if call}
     inputs = {name: call[0][0] for name, call in calls.items() if call}
     found = {
-        "x": encoded.x_BTD,
+        "x": encoded.x,
         "frame_padding_mask": None,
-        "conv_features": encoded.conv_features_BCT,
+        "conv_features": encoded.conv_features_BTC.transpose(1, 2),
         "layer_normed": encoded.features_BTC,
         "projected": results["projected"],
         "pos_conv_in": inputs["pos_conv"][0],
@@ -210,12 +210,12 @@ def encode(
         "layer_ffn": [results[f"{name}.ffn"] for name in layers if name in results],
     }
     if encoded.frame_lengths_B is not None:
-        found["frame_padding_mask"] = ~valid_positions(encoded.frame_lengths_B, encoded.x_BTD.shape[1])
+        found["frame_padding_mask"] = ~valid_positions(encoded.frame_lengths_B, encoded.x.shape[1])
     if encoder.has_hourglass:
         before, middle = len(encoder.layers), len(encoder.hourglass_layers)
         found["pre_out"] = results[f"layer{before - 1}"] if before else results["before_layers"]
         found |= {name: results[name] for name in ("downsampled", "upsampled")}
-        found["merged"] = inputs[f"layer{before + middle}"][0] if len(encoder.post_layers) else encoded.x_BTD
+        found["merged"] = inputs[f"layer{before + middle}"][0] if len(encoder.post_layers) else encoded.x
         pooled_B11P = inputs[f"layer{before}"][1]
         found["pooled_padding_mask"] = None if pooled_B11P is None else ~pooled_B11P[:, 0, 0]
     quantizer = getattr(trunk, "quantizer", None)

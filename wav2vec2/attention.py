@@ -3,8 +3,17 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from wav2vec2.dropout import keep_mask
+
+TILE = 2**20  # similarities that a CPU has at hand
 
 
 class SelfAttention(nn.Module):
@@ -18,14 +27,77 @@ class SelfAttention(nn.Module):
         self.qkv_proj = nn.Linear(dim, 3 * dim)
         self.out_proj = nn.Linear(dim, dim)
 
-    def forward(self, x_BTD: Tensor, keys_B11T: Tensor | None = None) -> Tensor:
-        """Attend to the frames whose key is True (all of them when `keys_B11T` is None). Returns [B, T, D]."""
+    def forward(self, x_BTD: Tensor, keys_B11T: Tensor | None = None, wanted_R: Tensor | None = None) -> Tensor:
+        """Attend to the frames whose key is True (all of them when `keys_B11T` is None).
+
+        Returns [B, T, D], or [R, D] of the wanted frames (b x T + t).
+        """
         B, T, D = x_BTD.shape
         q_BHTd, k_BHTd, v_BHTd = self.qkv_proj(x_BTD).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         dtype = x_BTD.dtype
         if self.fp32_softmax:
             q_BHTd, k_BHTd, v_BHTd = q_BHTd.float(), k_BHTd.float(), v_BHTd.float()
-        y_BHTd = F.scaled_dot_product_attention(
-            q_BHTd, k_BHTd, v_BHTd, attn_mask=keys_B11T, dropout_p=self.dropout if self.training else 0.0
-        )
-        return self.out_proj(y_BHTd.to(dtype).transpose(1, 2).reshape(B, T, D))
+        dropout = self.dropout if self.training else 0.0
+        if dropout and x_BTD.device.type == "cpu":
+            y_BHTd = _DropoutAttention.apply(q_BHTd, k_BHTd, v_BHTd, keys_B11T, dropout)
+        else:
+            y_BHTd = F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, attn_mask=keys_B11T, dropout_p=dropout)
+        y = y_BHTd.to(dtype).transpose(1, 2).reshape(B, T, D)
+        return self.out_proj(y if wanted_R is None else y.flatten(0, 1).index_select(0, wanted_R))
+
+
+class _DropoutAttention(torch.autograd.Function):
+    """Attention with dropout on a CPU, for which torch has no kernel: softmax(q k' / sqrt(d)) times mask, times v.
+
+    A few heads at a time, and for backward only the dropped places are kept: probabilities are computed again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_BHTd: Tensor, k_BHTd: Tensor, v_BHTd: Tensor, keys_B11T: Tensor | None, dropout: float
+    ) -> Tensor:
+        """[B, H, T, d] -> [B, H, T, d]."""
+        B, H, T, _ = q_BHTd.shape
+        kept_BHTT, ctx.scale = keep_mask(torch.Size((B, H, T, T)), dropout)
+        ctx.save_for_backward(q_BHTd, k_BHTd, v_BHTd, keys_B11T, kept_BHTT)
+        y_BHTd = q_BHTd.new_empty(B, T, H, q_BHTd.shape[-1]).transpose(1, 2)  # as the output projection reads it
+        for row, heads in _tiles(B, H, T):
+            p_hTT = _probabilities(
+                q_BHTd[row, heads], k_BHTd[row, heads], None if keys_B11T is None else keys_B11T[row]
+            )
+            y_BHTd[row, heads] = (p_hTT.mul_(kept_BHTT[row, heads]) @ v_BHTd[row, heads]).mul_(ctx.scale)
+        return y_BHTd
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of queries, keys and values, laid out as one projection of all three gives them."""
+        q_BHTd, k_BHTd, v_BHTd, keys_B11T, kept_BHTT = ctx.saved_tensors
+        B, H, T, d = q_BHTd.shape
+        dq_BHTd, dk_BHTd, dv_BHTd = q_BHTd.new_empty(B, T, 3, H, d).permute(2, 0, 3, 1, 4)
+        for row, heads in _tiles(B, H, T):
+            q, k, v = q_BHTd[row, heads], k_BHTd[row, heads], v_BHTd[row, heads]
+            dy = gradients[0][row, heads] * ctx.scale
+            kept = kept_BHTT[row, heads].to(q.dtype)
+            p_hTT = _probabilities(q, k, None if keys_B11T is None else keys_B11T[row])
+            dp_hTT = (dy @ v.transpose(1, 2)).mul_(kept)
+            dv_BHTd[row, heads] = kept.mul_(p_hTT).transpose(1, 2) @ dy
+            ds_hTT = torch._softmax_backward_data(dp_hTT, p_hTT, -1, p_hTT.dtype)
+            dq_BHTd[row, heads] = (ds_hTT @ k).div_(math.sqrt(d))
+            dk_BHTd[row, heads] = (ds_hTT.transpose(1, 2) @ q).div_(math.sqrt(d))
+        return dq_BHTd, dk_BHTd, dv_BHTd, None, None
+
+
+def _probabilities(q_hTd: Tensor, k_hTd: Tensor, keys_11T: Tensor | None) -> Tensor:
+    """What every frame of some heads attends to: [h, T, T]."""
+    similarity_hTT = (q_hTd / math.sqrt(q_hTd.shape[-1])) @ k_hTd.transpose(1, 2)
+    if keys_11T is not None:
+        similarity_hTT.masked_fill_(~keys_11T, -torch.inf)
+    return torch.softmax(similarity_hTT, -1)
+
+
+def _tiles(rows: int, heads: int, frames: int) -> Iterator[tuple[int, slice]]:
+    """A row and some of its heads, in turn."""
+    size = max(1, TILE // frames**2)
+    for row in range(rows):
+        for first in range(0, heads, size):
+            yield row, slice(first, first + size)

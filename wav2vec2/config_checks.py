@@ -160,6 +160,8 @@ def check_inference_config(config: InferenceConfig, explicit: Collection[str]) -
         raise ConfigError(f"--save_logits {config.save_logits}: is the file of --save_predictions; name another one")
     if config.valid_subset and not Path(config.data).is_dir():
         raise ConfigError(f"--data {config.data}: no such folder; it holds the file list of --valid_subset")
+    if not (config.batch_size or config.max_tokens):
+        raise ConfigError("--batch_size 0 --max_tokens 0: all speech would be one batch; limit one of them")
     for name in ("data", "labels"):
         if name in explicit and not config.valid_subset:
             raise ConfigError(f"--{name}: has an effect only with --valid_subset; drop it")

@@ -174,9 +174,9 @@ def diversity(prob_perplexity: Tensor, num_codes: int) -> Tensor:
     return (num_codes - prob_perplexity) / num_codes
 
 
-def frame_energy(conv_features_BCT: Tensor) -> Tensor:
+def frame_energy(conv_features_BTC: Tensor) -> Tensor:
     """Mean square [B, T] over the channels of the conv features: the feature penalty of every frame."""
-    return at_least_fp32(conv_features_BCT).square().mean(1)
+    return at_least_fp32(conv_features_BTC).square().mean(-1)
 
 
 # ---- CTC ------------------------------------------------------------------------------------------------------------

@@ -87,10 +87,14 @@ def timing(watch: Stopwatch, *, warmup_steps: int, hours: float) -> dict[str, fl
 
 
 def latency_table(values: Mapping[str, float]) -> list[str]:
-    """The latencies among the values as lines of a table; none without latencies."""
+    """The latencies among the values as lines of a table, headed by the mean length of an utterance.
+
+    `values` are those of timing(), `hours` of audio and the number of `utterances`. No lines without latencies.
+    """
     if not any(name.startswith("latency_") for name in values):
         return []
     head = f"{'ms per batch':12}" + "".join(f"{name if name == 'avg' else name + ' %':>10}" for name in STATISTICS)
+    head += f"  (utterances of {3600 * values['hours'] / values['utterances']:.2f} s on average)"
     rows = [
         f"{stage:12}" + "".join(f"{values[f'latency_{stage}_{name}']:10.2f}" for name in STATISTICS) + f"  {what}"
         for stage, what in LATENCY_STAGES.items()

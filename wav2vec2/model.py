@@ -1,6 +1,6 @@
 """wav2vec 2.0 (Baevski et al. 2020), in the order of the paper, with the Hourglass transformer (Nawrot et al. 2021).
 
-waveform [B, S] -> conv feature extractor [B, C, T] -> layer norm, projection [B, T, D] -> masking -> transformer
+waveform [B, S] -> conv feature extractor [B, T, C] -> layer norm, projection [B, T, D] -> masking -> transformer
 encoder [B, T, D]; pre-training adds the Gumbel quantizer and the two projections in which predictions and targets
 meet, fine-tuning one output projection. Modules compute in the type of their own weights.
 """
@@ -20,6 +20,17 @@ from torch import Tensor, nn
 
 from wav2vec2.attention import SelfAttention
 from wav2vec2.config import DropoutConfig, ModelConfig
+from wav2vec2.convolutions import (
+    Spectrum,
+    flat_windows,
+    grouped_conv,
+    normed_first_conv,
+    row_pitch,
+    strided_conv,
+    weight_spectrum,
+)
+from wav2vec2.dropout import Dropout
+from wav2vec2.gradients import ScaleGradient, touch
 from wav2vec2.norms import ChannelNorm, LayerNorm, at_least_fp32, valid_positions
 
 
@@ -36,21 +47,6 @@ def num_frames(samples: Any, conv_layers: Sequence[tuple[int, int, int]]) -> Any
 # ---- Section 2: the feature encoder ---------------------------------------------------------------------------------
 
 
-class ScaleGradient(torch.autograd.Function):
-    """Identity whose gradient is multiplied by a constant."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        """Return x."""
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """Scale the gradient."""
-        return gradients[0] * ctx.factor, None
-
-
 class ConvBlock(nn.Module):
     """Convolution, norm (of channels over time, of frames over channels, or none), GELU."""
 
@@ -64,14 +60,32 @@ class ConvBlock(nn.Module):
         elif norm == "frame":
             self.norm = LayerNorm(outputs)
 
-    def forward(self, x_BCT: Tensor, lengths_B: Tensor | None = None) -> Tensor:
-        """[B, inputs, T] -> [B, outputs, T']; `lengths_B` are the valid output frames, for the channel norm."""
-        x = self.conv(x_BCT)
+    def forward(self, x_RI: Tensor, *, gelu: bool) -> Tensor:
+        """Frames of the block before [R, I], of which the GELU is still to be taken or not -> [R / stride, C] likewise.
+
+        The GELU belongs to the next product, which computes it again in backward rather than keep what it gives.
+        """
+        x_RC = strided_conv(x_RI, self.conv.weight, self.conv.bias, stride=self.conv.stride[0], gelu=gelu)
+        return x_RC if self.norm is None else self.norm(x_RC)
+
+    def forward_audio(self, audio_BS: Tensor, lengths_B: Tensor | None, rows: int) -> tuple[Tensor, bool]:
+        """The first block, with `rows` rows for each waveform: [B x rows, C], and whether its GELU is to be taken.
+
+        `lengths_B` are the frames over which a channel is normalised, None for all of them.
+        """
+        conv = self.conv
         if isinstance(self.norm, ChannelNorm):
-            x = self.norm(x, lengths_B)
-        elif self.norm is not None:
-            x = self.norm(x.transpose(1, 2)).transpose(1, 2)
-        return F.gelu(x)
+            x_BRC = normed_first_conv(
+                *(audio_BS, conv.weight, conv.bias, self.norm.weight, self.norm.bias),
+                stride=conv.stride[0],
+                lengths_B=lengths_B,
+                eps=self.norm.eps,
+                rows=rows,
+            )
+            return x_BRC.flatten(0, 1), False
+        windows_Rk = flat_windows(audio_BS.to(conv.weight.dtype), conv.kernel_size[0], conv.stride[0], rows)
+        x_RC = strided_conv(windows_Rk, conv.weight.transpose(1, 2), conv.bias, stride=1, gelu=False)
+        return x_RC if self.norm is None else self.norm(x_RC), True
 
 
 class FeatureExtractor(nn.Module):
@@ -88,12 +102,16 @@ class FeatureExtractor(nn.Module):
             inputs = outputs
 
     def forward(self, audio_BS: Tensor, lengths_B: Tensor | None = None) -> Tensor:
-        """[B, S] -> [B, C, T]; `lengths_B` are the samples over which each row is normalised, None for all of them."""
-        x = audio_BS.to(next(self.parameters()).dtype)[:, None]
-        first = None if lengths_B is None else num_frames(lengths_B, self.conv_layers[:1])
-        for index, block in enumerate(self.blocks):
-            x = block(x, first if index == 0 else None)
-        return x
+        """[B, S] -> [B, T, C]; `lengths_B` are the samples over which each row is normalised, None for all of them."""
+        B, S = audio_BS.shape
+        first_lengths_B = None if lengths_B is None else num_frames(lengths_B, self.conv_layers[:1])
+        rows = row_pitch(num_frames(S, self.conv_layers[:1]), [stride for _, _, stride in self.conv_layers[1:]])
+        first, *others = self.blocks
+        x_RC, gelu = first.forward_audio(audio_BS, first_lengths_B, rows)
+        for block in others:
+            x_RC, gelu = block(x_RC, gelu=gelu), True
+        x_BTC = x_RC.unflatten(0, (B, -1))[:, : num_frames(S, self.conv_layers)]
+        return F.gelu(x_BTC) if gelu else x_BTC
 
 
 # ---- Section 2: contextualized representations with transformers ----------------------------------------------------
@@ -109,15 +127,21 @@ class PositionalConv(nn.Module):
         self.weight_v = nn.Parameter(torch.randn(dim, dim // groups, kernel) * math.sqrt(4 / (kernel * dim)))
         self.weight_g = nn.Parameter(self.weight_v.detach().norm(dim=(0, 1), keepdim=True))
         self.bias = nn.Parameter(torch.zeros(dim))
+        self.folded: Spectrum | None = None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        weight = self.weight_v * (self.weight_g / self.weight_v.norm(dim=(0, 1), keepdim=True))
-        x = x_BTD.to(weight.dtype).transpose(1, 2)
-        x = F.conv1d(x, weight, self.bias, padding=self.kernel // 2, groups=self.groups)
-        if self.kernel % 2 == 0:
-            x = x[..., :-1]  # an even kernel gives one frame too many
-        return F.gelu(x).transpose(1, 2).to(x_BTD.dtype)
+        x = grouped_conv(x_BTD.to(self.bias.dtype), self.folded or self.spectrum(), self.kernel)
+        return F.gelu(x + self.bias).to(x_BTD.dtype)
+
+    def spectrum(self) -> Spectrum:
+        """What the convolution multiplies with."""
+        weight_Dek = self.weight_v * (self.weight_g / self.weight_v.norm(dim=(0, 1), keepdim=True))
+        return weight_spectrum(weight_Dek, self.groups)
+
+    def fold(self) -> None:
+        """Compute the spectrum once and for all; from now on the weights must not change or move."""
+        self.folded = self.spectrum()
 
 
 class TransformerLayer(nn.Module):
@@ -134,19 +158,23 @@ class TransformerLayer(nn.Module):
         self.fc1 = nn.Linear(dim, config.encoder_ffn_embed_dim)
         self.fc2 = nn.Linear(config.encoder_ffn_embed_dim, dim)
         self.final_layer_norm = LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout.dropout)
-        self.activation_dropout = nn.Dropout(dropout.activation_dropout)
+        self.dropout = Dropout(dropout.dropout)
+        self.activation_dropout = Dropout(dropout.activation_dropout)
 
-    def forward(self, x_BTD: Tensor, keys_B11T: Tensor | None = None) -> Tensor:
-        """[B, T, D] -> [B, T, D]; `keys_B11T` is False on padding."""
+    def forward(self, x_BTD: Tensor, keys_B11T: Tensor | None = None, wanted_R: Tensor | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D], or [R, D] of the wanted frames (b x T + t); `keys_B11T` is False on padding.
+
+        Only attention mixes frames: what follows it is computed for the wanted ones alone.
+        """
+        x = x_BTD if wanted_R is None else x_BTD.flatten(0, 1).index_select(0, wanted_R)
         if self.layer_norm_first:
-            x_BTD = x_BTD + self.dropout(self.self_attn(self.self_attn_layer_norm(x_BTD), keys_B11T))
-            return x_BTD + self._feed_forward(self.final_layer_norm(x_BTD))
-        x_BTD = self.self_attn_layer_norm(x_BTD + self.dropout(self.self_attn(x_BTD, keys_B11T)))
-        return self.final_layer_norm(x_BTD + self._feed_forward(x_BTD))
+            x = x + self.dropout(self.self_attn(self.self_attn_layer_norm(x_BTD), keys_B11T, wanted_R))
+            return x + self._feed_forward(self.final_layer_norm(x))
+        x = self.self_attn_layer_norm(x + self.dropout(self.self_attn(x_BTD, keys_B11T, wanted_R)))
+        return self.final_layer_norm(x + self._feed_forward(x))
 
-    def _feed_forward(self, x_BTD: Tensor) -> Tensor:
-        return self.dropout(self.fc2(self.activation_dropout(F.gelu(self.fc1(x_BTD)))))
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.fc2(self.activation_dropout(F.gelu(self.fc1(x)))))
 
 
 class Downsample(nn.Module):
@@ -194,7 +222,7 @@ class TransformerEncoder(nn.Module):
         self.layer_norm_first = config.layer_norm_first
         self.pos_conv = PositionalConv(dim, config.conv_pos, config.conv_pos_groups)
         self.layer_norm = LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout.dropout)
+        self.dropout = Dropout(dropout.dropout)
         self.layers = stack(before)
         if hourglass:
             self.downsample = Downsample(dim, factor, config.hourglass_resample)
@@ -206,8 +234,15 @@ class TransformerEncoder(nn.Module):
         self.kept = [True] * self.num_layers  # LayerDrop's draw of this update, set by the task
         self.apply(_init_transformer)
 
-    def forward(self, x_BTD: Tensor, lengths_B: Tensor | None = None, layer: int | None = None) -> Tensor:
-        """[B, T, D] -> [B, T, D].
+    def forward(
+        self,
+        x_BTD: Tensor,
+        lengths_B: Tensor | None = None,
+        *,
+        layer: int | None = None,
+        wanted_R: Tensor | None = None,
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D], or [R, D] of the wanted frames (b x T + t).
 
         `lengths_B` are valid frames per row (None when nothing is padded). With `layer` the result is that of the layer
         with this index, without a final norm; inside the Hourglass only layers after the lengthening can be asked for.
@@ -219,14 +254,16 @@ class TransformerEncoder(nn.Module):
         x_BTD = x_BTD + self.pos_conv(x_BTD)
         if not self.layer_norm_first:
             x_BTD = self.layer_norm(x_BTD)
-        x_BTD = self.dropout(x_BTD)
-        x_BTD = self._run(self.layers, x_BTD, valid_BT, 0, layer)
+        x = self._run(self.layers, self.dropout(x_BTD), valid_BT, 0, layer, wanted_R)
         if self.has_hourglass:
-            x_BTD = x_BTD + self._hourglass(x_BTD, valid_BT)
-            x_BTD = self._run(self.post_layers, x_BTD, valid_BT, self.num_layers - len(self.post_layers), layer)
+            x = x + self._hourglass(x, valid_BT)
+            first = self.num_layers - len(self.post_layers)
+            x = self._run(self.post_layers, x, valid_BT, first, layer, wanted_R)
+        if wanted_R is not None and x.dim() == 3:  # no layer was there to choose them
+            x = x.flatten(0, 1).index_select(0, wanted_R)
         if self.layer_norm_first and layer is None:
-            x_BTD = self.layer_norm(x_BTD)
-        return x_BTD
+            x = self.layer_norm(x)
+        return x
 
     def _hourglass(self, x_BTD: Tensor, valid_BT: Tensor | None) -> Tensor:
         """The middle layers on the shortened sequence, brought back to the length of x."""
@@ -237,27 +274,27 @@ class TransformerEncoder(nn.Module):
         valid_BP = None
         if valid_BT is not None:
             valid_BP = F.pad(valid_BT, (0, pad)).unflatten(1, (-1, self.factor)).any(-1)
-        x_BPD = self._run(self.hourglass_layers, x_BPD, valid_BP, len(self.layers), None)
+        x_BPD = self._run(self.hourglass_layers, x_BPD, valid_BP, len(self.layers))
         return self.upsample(x_BPD)[:, :T]
 
     def _run(
-        self, layers: nn.ModuleList, x_BTD: Tensor, valid_BT: Tensor | None, first: int, last: int | None
+        self,
+        layers: nn.ModuleList,
+        x: Tensor,
+        valid_BT: Tensor | None,
+        first: int,
+        last: int | None = None,
+        wanted_R: Tensor | None = None,
     ) -> Tensor:
         keys_B11T = None if valid_BT is None else valid_BT[:, None, None]
         for index, layer in enumerate(layers, start=first):
             if last is not None and index > last:
                 break
             if self.training and not self.kept[index]:
-                x_BTD = touch(x_BTD, layer)
+                x = touch(x, layer)
             else:
-                x_BTD = layer(x_BTD, keys_B11T)
-        return x_BTD
-
-
-def touch(x: Tensor, module: nn.Module) -> Tensor:
-    """x, with every parameter of the module in its graph, at gradient 0: plain DDP waits for all of them."""
-    zero = sum(parameter.flatten()[0] * 0 for parameter in module.parameters() if parameter.requires_grad)
-    return x + zero.to(x.dtype) if isinstance(zero, Tensor) else x
+                x = layer(x, keys_B11T, wanted_R if index == self.num_layers - 1 else None)
+        return x
 
 
 def _zero_padding(x_BTD: Tensor, valid_BT: Tensor | None) -> Tensor:
@@ -332,11 +369,11 @@ class GumbelQuantizer(nn.Module):
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the trunk gives: contextualized frames, and the stages that the losses need."""
+    """What the trunk gives: contextualized frames [B, T, D] (or [R, D]), and the stages that the losses need."""
 
-    x_BTD: Tensor
+    x: Tensor
     features_BTC: Tensor  # layer-normed, before masking: the targets
-    conv_features_BCT: Tensor
+    conv_features_BTC: Tensor
     frame_lengths_B: Tensor | None  # None when nothing is padded
 
 
@@ -359,11 +396,11 @@ class Wav2Vec2Model(nn.Module):
         self.layer_norm = LayerNorm(channels)
         projects = channels != dim or config.feature_projection == "always"
         self.post_extract_proj = nn.Linear(channels, dim) if projects else nn.Identity()
-        self.dropout_input = nn.Dropout(dropout.dropout_input)
+        self.dropout_input = Dropout(dropout.dropout_input)
         self.mask_emb = nn.Parameter(torch.rand(dim))
         self.encoder = TransformerEncoder(config, dropout, fp32_softmax=fp32_softmax)
         if pretraining:
-            self.dropout_features = nn.Dropout(dropout.dropout_features)
+            self.dropout_features = Dropout(dropout.dropout_features)
             self.quantizer = (
                 GumbelQuantizer(
                     channels, groups=config.latent_groups, codes=config.latent_vars, outputs=config.target_dim
@@ -389,32 +426,33 @@ class Wav2Vec2Model(nn.Module):
         mask_BT: Tensor | None = None,
         channel_mask_BD: Tensor | None = None,
         layer: int | None = None,
+        wanted_R: Tensor | None = None,
     ) -> Encoded:
         """Encode waveforms.
 
         `lengths_B`: valid samples per row, None when nothing is padded. `norm_lengths_B`: samples over which the
         channel norm averages, None for the whole row: give it `lengths_B` for results that no padding can change.
         `mask_BT`: frames to hide behind the mask embedding; `channel_mask_BD`: channels to set to zero.
-        `layer`: see TransformerEncoder.
+        `layer`, `wanted_R`: see TransformerEncoder.
         """
-        conv_BCT = self._extract(audio_BS, norm_lengths_B)
-        features_BTC = self.layer_norm(conv_BCT.transpose(1, 2))
+        conv_BTC = self._extract(audio_BS, norm_lengths_B)
+        features_BTC = self.layer_norm(conv_BTC)
         x_BTD = self.dropout_input(self.post_extract_proj(features_BTC))
         if mask_BT is not None:
             x_BTD = torch.where(mask_BT[..., None], self.mask_emb.to(x_BTD.dtype), x_BTD)
         if channel_mask_BD is not None:
             x_BTD = x_BTD.masked_fill(channel_mask_BD[:, None], 0)
         frame_lengths_B = None if lengths_B is None else self.num_frames(lengths_B)
-        x_BTD = self.encoder(x_BTD, frame_lengths_B, layer)
-        return Encoded(x_BTD, features_BTC, conv_BCT, frame_lengths_B)
+        x = self.encoder(x_BTD, frame_lengths_B, layer=layer, wanted_R=wanted_R)
+        return Encoded(x, features_BTC, conv_BTC, frame_lengths_B)
 
     def _extract(self, audio_BS: Tensor, norm_lengths_B: Tensor | None) -> Tensor:
-        """Conv features [B, C, T], with the gradient scaled by feature_grad_mult."""
+        """Conv features [B, T, C], with the gradient scaled by feature_grad_mult."""
         with torch.no_grad() if self.feature_grad_mult == 0 else nullcontext():
-            conv_BCT = self.feature_extractor(audio_BS, norm_lengths_B)
+            conv_BTC = self.feature_extractor(audio_BS, norm_lengths_B)
         if self.feature_grad_mult not in (0, 1):
-            conv_BCT = ScaleGradient.apply(conv_BCT, self.feature_grad_mult)
-        return conv_BCT
+            conv_BTC = ScaleGradient.apply(conv_BTC, self.feature_grad_mult)
+        return conv_BTC
 
     def quantize(self, features_RC: Tensor, noise_RGV: Tensor | None = None) -> tuple[Tensor, Quantized | None]:
         """Targets [R, final_dim] of R unmasked frames, and what the quantizer chose (None without one)."""
@@ -440,7 +478,7 @@ class Wav2Vec2Ctc(nn.Module):
     ) -> None:
         super().__init__()
         self.w2v = Wav2Vec2Model(config, dropout, pretraining=False, fp32_softmax=fp32_softmax)
-        self.final_dropout = nn.Dropout(dropout.final_dropout)
+        self.final_dropout = Dropout(dropout.final_dropout)
         self.proj = nn.Linear(config.encoder_embed_dim, num_symbols)
         nn.init.xavier_uniform_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
@@ -466,7 +504,7 @@ class Wav2Vec2Ctc(nn.Module):
                 mask_BT=mask_BT,
                 channel_mask_BD=channel_mask_BD,
             )
-        x_BTD = touch(encoded.x_BTD, self.w2v) if self.frozen and self.training else encoded.x_BTD
+        x_BTD = touch(encoded.x, self.w2v) if self.frozen and self.training else encoded.x
         logits_BTK = self.proj(self.final_dropout(x_BTD))
         if self.blank_weight:
             blank_BT = logits_BTK[..., 0] * (self.blank_mode == "add") + self.blank_weight

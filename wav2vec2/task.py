@@ -168,8 +168,9 @@ class PretrainTask(nn.Module):
                 norm_lengths_B=norm_lengths(batch, reference_padding=self.reference_padding),
                 mask_BT=batch.mask_BT,
                 channel_mask_BD=batch.channel_mask_BD,
+                wanted_R=present(batch.masked_R),
             )
-            predictions_RF = model.final_proj(encoded.x_BTD.flatten(0, 1).index_select(0, present(batch.masked_R)))
+            predictions_RF = model.final_proj(encoded.x)
             features_QC = self._frames_to_quantize(batch, encoded.features_BTC)
             targets_QF, quantized = model.quantize(features_QC, noise_QGV)
         if quantized is None:
@@ -178,7 +179,7 @@ class PretrainTask(nn.Module):
             ids_Q = present(model.quantizer).joint_codes(quantized.codes_RG)
         if self.fp32_cosine:
             predictions_RF, targets_QF = at_least_fp32(predictions_RF), at_least_fp32(targets_QF)
-        energy_BT = criterion.frame_energy(encoded.conv_features_BCT)
+        energy_BT = criterion.frame_energy(encoded.conv_features_BTC)
         return _Outputs(predictions_RF, targets_QF, ids_Q, quantized, energy_BT)
 
     def _sub_batch_loss(self, batch: Batch, place: _Place, outputs: _Outputs, drawn: Negatives) -> SubBatchLoss:

@@ -98,7 +98,8 @@ def load_recognizer(
     load_weights(model, {**_masks_unused(model), **weights}, path)
     if precision.name in HALF:
         to_half(model, HALF[precision.name], fp32_modules(model, precision.kept_in_fp32()))
-    task = FinetuneTask(model.requires_grad_(False), seed=0, reference_padding=reference_padding)
+    task = FinetuneTask(model.requires_grad_(False), seed=0, reference_padding=reference_padding).to(device).eval()
+    model.w2v.encoder.pos_conv.fold()  # its weights neither change nor move any more
     log.info(
         "%s: %.2f M parameters%s, %d symbols, %s, %s",
         path,
@@ -108,7 +109,7 @@ def load_recognizer(
         device,
         precision.name,
     )
-    return Recognizer(task.to(device).eval(), symbols, config.model)
+    return Recognizer(task, symbols, config.model)
 
 
 def _masks_unused(model: Wav2Vec2Ctc) -> dict[str, Tensor]:
@@ -172,9 +173,19 @@ Speech = FileList | SingleFile
 
 
 def open_list(
-    tsv: Path, labels: Path | None, recognizer: Recognizer, *, batch_size: int, num_workers: int, pin_memory: bool
+    tsv: Path,
+    labels: Path | None,
+    recognizer: Recognizer,
+    *,
+    max_tokens: int,
+    batch_size: int,
+    num_workers: int,
+    pin_memory: bool,
 ) -> FileList:
     """The utterances of a list; `labels` are texts to score against and need not be spelt with the dictionary.
+
+    A batch has at most `max_tokens` samples, padding included, or one utterance, and at most `batch_size`
+    utterances; 0 is no limit.
 
     Raises DataError for a malformed list, an utterance shorter than one frame, and labels without any word.
     """
@@ -187,8 +198,8 @@ def open_list(
         normalize=recognizer.model.normalize,
         num_frames=recognizer.num_frames,
         seed=0,
-        max_tokens=None,
-        max_sentences=batch_size,
+        max_tokens=max_tokens or None,
+        max_sentences=batch_size or None,
         rank=distributed.rank(),
         world=distributed.world_size(),
         num_workers=num_workers,

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -256,13 +257,14 @@ def valid_loader(
     dataset.check_labels(num_frames(manifest.num_samples))
     plan = plan_sub_batches(
         manifest.num_samples,
-        max_tokens=max_tokens and max(max_tokens, int(manifest.num_samples.max())),
+        max_tokens=max_tokens,
         max_sentences=max_sentences,
         multiple=1,
         crop=False,
-        max_sample_size=None,
+        max_sample_size=max_tokens,  # for the plan only: of two utterances above the budget each is alone
         rng=numpy_rng(seed, "length_order"),
     )
+    plan = replace(plan, samples=np.maximum.reduceat(manifest.num_samples[plan.order], plan.offsets[:-1]))
     maker = BatchMaker(dataset, plan, Collator(num_frames, seed, time_mask))
     planned = plan_validation(len(plan), rank=rank, world=world)
     return ValidLoader(maker, planned, num_workers=num_workers, pin_memory=pin_memory)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from wav2vec2.arg_parser import parse_inference, parse_train
-from wav2vec2.config import ModelConfig
+from wav2vec2.config import InferenceConfig, ModelConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
@@ -301,6 +301,14 @@ def test_inference_defaults(command):
     assert (flags["--batch_size"], flags["--device"]) == ("8", "auto")
 
 
+def test_batches_of_inference_have_a_budget_of_samples_but_not_in_benchmarks(config):
+    assert config("inference").max_tokens == InferenceConfig().max_tokens > 0
+    assert config("inference_benchmark").max_tokens == 0
+    for preset in INFERENCE:
+        parsed = config(preset, MAX_TOKENS="7", BATCH_SIZE="0")
+        assert (parsed.max_tokens, parsed.batch_size) == (7, 0)
+
+
 def test_a_single_file_is_transcribed_without_a_subset(config):
     assert config("inference", TRANSCRIBE_WAV=__file__).valid_subset == ""
 
@@ -523,6 +531,8 @@ def test_benchmarks_save_nothing_and_keep_layouts_apart(config, command):
     assert words[words.index("--output_dir") + 1] == "results/finetune_base_benchmark_4x3200000x1x2_bf16"
     words = command("inference_benchmark", FP16="true")
     assert words[words.index("--output_dir") + 1] == "results/inference_benchmark_bs1_fp16"
+    words = command("inference_benchmark", BATCH_SIZE="0", MAX_TOKENS="3200000", BF16="true")
+    assert words[words.index("--output_dir") + 1] == "results/inference_benchmark_bs0x3200000_bf16"
 
 
 # -------------------------------------------------------------------------------------- processes and machines

@@ -22,20 +22,28 @@ from tiny_model import HOURGLASS, LARGE, MODEL, NO_DROPOUT
 
 import inference
 from common import checkpoint, flags
+from common.data.collate import Collator
+from common.data.dataset import Sample
+from common.data.sampler import PlannedSubBatch
 from common.entry import run_program
 from common.labels import SPECIAL_SYMBOLS, Dictionary
 from wav2vec2 import decoding
-from wav2vec2.config import Config, ModelConfig
+from wav2vec2.arg_parser import parse_inference
+from wav2vec2.config import Config, DropoutConfig, ModelConfig
+from wav2vec2.latency import Stopwatch
 from wav2vec2.model import Wav2Vec2Ctc, Wav2Vec2Model
+from wav2vec2.transcribe import FileList, Recognizer
 
 SYMBOLS = [*SPECIAL_SYMBOLS, *sorted({*"".join(WORDS), "|"})]
 NUMBER = 9
 WER_LINE = re.compile(r"WER: (\d+\.\d\d) %")
 
 
-def finetuned(path: Path, architecture: ModelConfig = MODEL, seed: int = 1, **changes: Any) -> Path:
+def finetuned(
+    path: Path, architecture: ModelConfig = MODEL, seed: int = 1, dropout: DropoutConfig = NO_DROPOUT, **changes: Any
+) -> Path:
     """A checkpoint as a fine-tuning run saves it, with random weights that write much text."""
-    config = Config(mode="finetune", model=architecture, dropout=NO_DROPOUT)
+    config = Config(mode="finetune", model=architecture, dropout=dropout)
     state = {
         "mode": "finetune",
         "config": flags.to_dict(config),
@@ -84,6 +92,25 @@ def fails(capsys: pytest.CaptureFixture[str], *command: object) -> tuple[int, st
     return ended.value.code, lines[0]
 
 
+def opened(folder: Path, *more: object, model: Path | None = None) -> tuple[Recognizer, FileList]:
+    """The recogniser and the batches of `valid` as the program makes them."""
+    command = ["--w2v_path", model or folder / "model.pt", "--data", folder, "--valid_subset", "valid", *more]
+    config = parse_inference(["--num_workers", "0", *map(str, command)])
+    recognizer = inference.open_recognizer(config, torch.device("cpu"))
+    speech = inference.open_speech(config, recognizer, pin_memory=False)
+    assert isinstance(speech, FileList)
+    return recognizer, speech
+
+
+def log_probs(recognizer: Recognizer, waves: list[np.ndarray]) -> list[torch.Tensor]:
+    """Log-probabilities of the valid frames of every row of one batch, in this order."""
+    rows = [Sample(str(row), wave_S, text=None, labels=None) for row, wave_S in enumerate(waves)]
+    batch = Collator(recognizer.num_frames, seed=0)([PlannedSubBatch(0, 0, 0)], [rows])
+    with torch.inference_mode():
+        log_probs_BTK = recognizer.log_probs(batch)
+    return [row[:frames] for row, frames in zip(log_probs_BTK, batch.frame_lengths, strict=True)]
+
+
 def read_predictions(path: Path) -> list[list[str]]:
     return [line.split("\t") for line in path.read_text().splitlines()]
 
@@ -104,15 +131,98 @@ def edits(reference: Any, hypothesis: Any) -> int:
 def test_a_result_does_not_depend_on_what_an_utterance_is_batched_with(folder, tmp_path, model):
     path = finetuned(tmp_path / "model.pt", model)
     files = {}
-    for size in (1, 4, NUMBER):
-        output = ("--save_logits", tmp_path / f"{size}.pt", "--save_predictions", tmp_path / f"{size}.txt")
-        score(folder, "--batch_size", size, *output, model=path)
-        files[size] = torch.load(tmp_path / f"{size}.pt", weights_only=True)["log_probs"]
-    for size in (4, NUMBER):
+    limits = [(1, 0), (4, 0), (NUMBER, 0), (0, 30000), (3, 50000)]  # batch_size, max_tokens
+    for size, budget in limits:
+        output = ("--save_logits", tmp_path / "out.pt", "--save_predictions", tmp_path / f"{size}.txt")
+        score(folder, "--batch_size", size, "--max_tokens", budget, *output, model=path)
+        files[size] = torch.load(tmp_path / "out.pt", weights_only=True)["log_probs"]
+    for size, _ in limits[1:]:
         assert (tmp_path / f"{size}.txt").read_text() == (tmp_path / "1.txt").read_text()
         for found, expected in zip(files[size], files[1], strict=True):
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert len({text for _, text in read_predictions(tmp_path / "1.txt")}) > NUMBER // 2
+
+
+@pytest.mark.parametrize("model", [MODEL, HOURGLASS, LARGE], ids=["base", "hourglass", "large"])
+def test_rows_of_any_length_and_order_give_what_each_gives_alone(folder, tmp_path, model):
+    recognizer, _ = opened(folder, model=finetuned(tmp_path / "model.pt", model))
+    rng = np.random.default_rng(0)
+    waves = [0.1 * rng.standard_normal(size).astype(np.float32) for size in (400, 719, 720, 5000, 12345, 16000, 30000)]
+    alone = [log_probs(recognizer, [wave_S])[0] for wave_S in waves]
+    assert [len(row) for row in alone[:3]] == [1, 1, 2]
+    for _ in range(3):
+        order = rng.permutation(len(waves))
+        for found, row in zip(log_probs(recognizer, [waves[row] for row in order]), order, strict=True):
+            torch.testing.assert_close(found, alone[row], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("max_tokens", [500, 16000, 25000, 60000, 10**9])
+@pytest.mark.parametrize("batch_size", [0, 3])
+def test_batches_keep_the_budget_and_use_it(folder, max_tokens, batch_size):
+    _, speech = opened(folder, "--max_tokens", max_tokens, "--batch_size", batch_size)
+    sizes = [soundfile.info(folder / f"audio/{number}.wav").frames for number in range(NUMBER)]
+    batches = [[sizes[place] for place in places] for _, places in speech]
+    assert sorted(place for _, places in speech for place in places) == list(range(NUMBER))
+    for batch, following in zip(batches, [*batches[1:], []], strict=True):
+        assert len(batch) == 1 or len(batch) * max(batch) <= max_tokens
+        assert len(batch) <= (batch_size or NUMBER)
+        if following:  # its longest would not have fitted, too
+            assert len(batch) == batch_size or (len(batch) + 1) * max(batch) > max_tokens
+
+
+def test_an_utterance_above_the_budget_is_transcribed_whole(folder, tmp_path):
+    for name, more in (("free", ()), ("tight", ("--max_tokens", "500"))):
+        score(folder, "--save_predictions", tmp_path / f"{name}.txt", "--save_logits", tmp_path / f"{name}.pt", *more)
+    assert (tmp_path / "tight.txt").read_text() == (tmp_path / "free.txt").read_text()
+    lengths = [torch.load(tmp_path / f"{name}.pt", weights_only=True)["lengths"] for name in ("free", "tight")]
+    assert lengths[0] == lengths[1]
+
+
+def test_nothing_of_training_is_left(folder, tmp_path):
+    """Dropouts, LayerDrop, frozen parts and autograd's records have no part in the results."""
+    every = dict.fromkeys(DropoutConfig.__dataclass_fields__, 0.5)
+    plain, _ = opened(folder)
+    trained, speech = opened(folder, model=finetuned(tmp_path / "model.pt", dropout=DropoutConfig(**every)))
+    trained.task.requires_grad_(True)
+    found = [
+        inference.recognize(recognizer, speech, Stopwatch(torch.device("cpu")), keep_log_probs=True)
+        for recognizer in (plain, trained)
+    ]
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one.log_probs_TK, other.log_probs_TK)
+        assert other.log_probs_TK.is_inference()
+
+
+def test_what_inference_keeps_for_later_can_be_trained_with(folder, tmp_path):
+    model = replace(MODEL, conv_pos=10)  # a shape that no other test uses: nothing of it is kept yet
+    score(folder, model=finetuned(tmp_path / "model.pt", model))
+    network = Wav2Vec2Ctc(model, NO_DROPOUT, num_symbols=len(SYMBOLS))
+    logits_BTK, _ = network(torch.randn(2, 3000), torch.tensor([3000, 2000]))
+    logits_BTK.sum().backward()
+    assert all(parameter.grad is not None for name, parameter in network.named_parameters() if "mask_emb" not in name)
+
+
+def test_nothing_but_the_best_symbol_of_every_frame_is_read_from_the_device(folder, monkeypatch):
+    recognizer, speech = opened(folder, "--batch_size", "4")
+    batches = list(speech)
+    read = []
+
+    def recorded(name):
+        original = getattr(torch.Tensor, name)
+
+        def reading(tensor, *arguments, **options):
+            read.append(tensor)
+            return original(tensor, *arguments, **options)
+
+        return reading
+
+    for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, recorded(name))
+    inference.recognize(recognizer, batches, Stopwatch(torch.device("cpu")), keep_log_probs=False)
+    monkeypatch.undo()
+    frames = [batch.num_rows * max(batch.frame_lengths) for batch, _ in batches]
+    assert [tensor.numel() for tensor in read] == frames
+    assert not any(tensor.is_floating_point() for tensor in read)
 
 
 def test_padding_leaks_as_in_the_original_only_when_asked(folder, tmp_path):
@@ -242,6 +352,51 @@ def test_half_precision_stays_near_full_precision(folder, tmp_path, precision):
     assert 0 < difference.abs().mean() < 0.03
 
 
+def tones(folder: Path, number: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """A corpus of tones that stand for symbols 4 to 7, one after the other: waves, and the symbol of every sample."""
+    rng = np.random.default_rng(0)
+    waves, symbols = [], []
+    for _ in range(number):
+        names = [int(rng.integers(4, 8))]
+        for step in rng.integers(1, 4, rng.integers(1, 6)):
+            names.append(4 + (names[-1] - 4 + int(step)) % 4)  # another one than before
+        sizes = rng.integers(3200, 8000, len(names))
+        parts = [
+            0.3 * np.sin(2 * np.pi * {4: 300, 5: 800, 6: 2000, 7: 5000}[name] * np.arange(size) / 16000)
+            for name, size in zip(names, sizes, strict=True)
+        ]
+        waves.append((np.concatenate(parts) + 0.01 * rng.standard_normal(sizes.sum())).astype(np.float32))
+        symbols.append(np.repeat(names, sizes))
+        soundfile.write(folder / f"{len(waves)}.wav", waves[-1], 16000, subtype="FLOAT")
+        with (folder / "valid.ltr").open("a") as labels:
+            labels.write(" ".join(SYMBOLS[name] for name in names) + " |\n")
+    lines = [str(folder), *(f"{place}.wav\t{len(wave_S)}" for place, wave_S in enumerate(waves, start=1))]
+    (folder / "valid.tsv").write_text("\n".join(lines) + "\n")
+    return waves, symbols
+
+
+@pytest.mark.parametrize("model", [MODEL, HOURGLASS], ids=["base", "hourglass"])
+def test_a_model_that_is_sure_writes_the_truth_in_every_precision(tmp_path, capsys, model):
+    waves, symbols = tones(tmp_path, number=9)
+    torch.manual_seed(0)
+    network = Wav2Vec2Ctc(model, NO_DROPOUT, num_symbols=len(SYMBOLS))
+    lengths_B = torch.tensor([len(wave_S) for wave_S in waves])
+    audio_BS = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(wave_S) for wave_S in waves], batch_first=True)
+    middles = [200 + 320 * np.arange(network.w2v.num_frames(len(row))) for row in symbols]
+    targets = [torch.from_numpy(row[places]) for row, places in zip(symbols, middles, strict=True)]
+    targets_BT = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-100)
+    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+    for _ in range(40):
+        logits_BTK, _ = network(audio_BS, lengths_B, norm_lengths_B=lengths_B)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(logits_BTK.transpose(1, 2), targets_BT).backward()
+        optimizer.step()
+    path = finetuned(tmp_path / "model.pt", model, model=network.state_dict())
+    for precision in ((), ("--bf16",), ("--fp16",)):
+        score(tmp_path, "--max_tokens", 100000, *precision, model=path)
+        assert capsys.readouterr().out.splitlines()[-1] == "WER: 0.00 %", precision
+
+
 def test_blank_weight_of_the_checkpoint_holds(folder, tmp_path):
     config = Config(mode="finetune", model=MODEL, dropout=NO_DROPOUT)
     config = replace(config, ctc=replace(config.ctc, blank_weight=100.0))
@@ -270,6 +425,7 @@ def test_numbers_are_logged_and_warm_up_is_left_out(folder, tmp_path, capsys):
         line.split()[:5] for line in output.err.splitlines() if line.startswith(("data ", "model ", "data+model "))
     ]
     assert [row[0] for row in table] == ["data", "model", "data+model"]
+    assert f"utterances of {3600 * hours / NUMBER:.2f} s on average" in output.err
     score(folder, "--warmup_steps", "100")
     assert WER_LINE.fullmatch(capsys.readouterr().out.splitlines()[-1])
 
@@ -312,6 +468,7 @@ def test_wrong_use_ends_with_status_2(folder, tmp_path, capsys):
         (*subset, "--transcribe_wav", folder / "audio/0.wav"): "exactly one",
         (*subset, "--fp16", "--bf16"): "--fp16 --bf16",
         (*subset, "--batch_sise", "3"): "--batch_size",
+        (*subset, "--batch_size", "0", "--max_tokens", "0"): "--batch_size 0 --max_tokens 0",
         (*subset, "--save_predictions", tmp_path): "--save_predictions .*folder",
         (*subset, "--save_logits", tmp_path / "file/a.pt"): "--save_logits .*cannot be written",
         (*subset, "--save_logits", "/tmp/a", "--save_predictions", "/tmp/a"): "--save_logits",

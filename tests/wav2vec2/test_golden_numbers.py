@@ -76,11 +76,11 @@ def found_numbers(case: Case, dtype: torch.dtype) -> dict[str, Array]:
     encoded = model(
         batch.audio_BS, lengths_B, norm_lengths_B=None if case.leaking else lengths_B, mask_BT=batch.mask_BT
     )
-    valid_BT = torch.arange(encoded.x_BTD.shape[1]) < torch.tensor(batch.frame_lengths)[:, None]
+    valid_BT = torch.arange(encoded.x.shape[1]) < torch.tensor(batch.frame_lengths)[:, None]
     found = {
-        "conv_features": encoded.conv_features_BCT.transpose(1, 2)[valid_BT],
+        "conv_features": encoded.conv_features_BTC[valid_BT],
         "features": encoded.features_BTC[valid_BT],
-        "encoded": encoded.x_BTD[valid_BT],
+        "encoded": encoded.x[valid_BT],
         "logits": part.logits_bMN.flatten(0, 1),
         "contrastive": stats["loss_0"],
         "penalty": stats["loss_2"],

@@ -65,8 +65,8 @@ def test_a_row_gives_the_same_alone_as_in_a_padded_batch(name, lengths):
     batched = model(audio, sizes, norm_lengths_B=sizes)
     for row, size in enumerate(lengths):
         alone = model(audio[row : row + 1, :size])
-        frames = alone.x_BTD.shape[1]
-        torch.testing.assert_close(batched.x_BTD[row, :frames], alone.x_BTD[0], atol=1e-9, rtol=1e-9)
+        frames = alone.x.shape[1]
+        torch.testing.assert_close(batched.x[row, :frames], alone.x[0], atol=1e-9, rtol=1e-9)
 
 
 def test_channel_norm_over_all_frames_is_torchs_group_norm():
@@ -135,8 +135,8 @@ def test_hourglass_of_factor_one_is_a_residual_around_its_middle_layers():
     audio = torch.randn(2, 3000)
     inputs = []
     plain.encoder.layers[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    expected = plain(audio).x_BTD
-    torch.testing.assert_close(model(audio).x_BTD, inputs[0] + expected)
+    expected = plain(audio).x
+    torch.testing.assert_close(model(audio).x, inputs[0] + expected)
 
 
 def test_hourglass_with_pre_norm_is_refused():
@@ -200,7 +200,7 @@ def test_gradient_of_the_extractor_is_scaled():
 
 def test_feature_grad_mult_zero_freezes_the_extractor_only():
     model = Wav2Vec2Model(MODEL, replace(NO_DROPOUT, feature_grad_mult=0.0))
-    model(torch.randn(1, 2000)).x_BTD.sum().backward()
+    model(torch.randn(1, 2000)).x.sum().backward()
     assert all(p.grad is None for p in model.feature_extractor.parameters())
     assert model.layer_norm.weight.grad is not None
 
@@ -211,7 +211,7 @@ def test_a_dropped_layer_is_the_identity_with_zero_gradients():
     inputs = []
     model.encoder.layers[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     model.encoder.kept = [True, False]
-    output = model(audio).x_BTD
+    output = model(audio).x
     torch.testing.assert_close(output, model.encoder.layers[0](inputs[0]))
     output.sum().backward()
     gradients = [p.grad for p in model.encoder.layers[1].parameters()]
@@ -221,9 +221,9 @@ def test_a_dropped_layer_is_the_identity_with_zero_gradients():
 def test_all_layers_take_part_in_evaluation():
     model = build(MODEL)
     audio = torch.randn(1, 3000)
-    expected = model(audio).x_BTD
+    expected = model(audio).x
     model.encoder.kept = [False, False]
-    torch.testing.assert_close(model(audio).x_BTD, expected)
+    torch.testing.assert_close(model(audio).x, expected)
 
 
 def test_quantizer_without_noise_takes_the_most_likely_code_of_every_group():
@@ -276,7 +276,7 @@ def test_blank_weight_is_added_to_or_replaces_the_blank_only(mode, expected):
 def test_half_precision_stays_near_full_precision(dtype):
     model = build(HOURGLASS)
     audio = torch.randn(2, 4000) * 0.1
-    expected = model(audio).x_BTD
-    found = model.to(dtype)(audio).x_BTD
+    expected = model(audio).x
+    found = model.to(dtype)(audio).x
     assert found.dtype == dtype
     assert (found.float() - expected).abs().max() < 0.1 * expected.abs().max()

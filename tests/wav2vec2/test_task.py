@@ -45,7 +45,7 @@ def test_the_total_is_the_sum_of_its_terms_computed_by_hand(config):
         energy, frames, logits_all = 0.0, 0, []
         for r in range(sub.rows):
             valid = made.frame_lengths[row + r]
-            energy += encoded.conv_features_BCT[row + r, :, :valid].square().mean(0).sum()
+            energy += encoded.conv_features_BTC[row + r, :valid].square().mean(-1).sum()
             frames += valid
         for r in range(sub.rows):
             masked = made.mask_BT[row + r].nonzero().flatten()
@@ -55,7 +55,7 @@ def test_the_total_is_the_sum_of_its_terms_computed_by_hand(config):
             codes = soft.argmax(-1)
             book = model.quantizer.vars.view(2, 10, -1)
             targets = model.project_q(torch.cat([book[0, codes[:, 0]], book[1, codes[:, 1]]], -1))
-            predictions = model.final_proj(encoded.x_BTD[row + r, masked])
+            predictions = model.final_proj(encoded.x[row + r, masked])
             place += len(masked)
             for m in range(len(masked)):
                 options = [targets[m]] + [targets[n] for n in drawn.frames_bMN[r, m]]
@@ -165,7 +165,7 @@ def test_operations_named_in_fp32_ops_keep_fp32_weights_and_compute_in_them(op):
     assert kept
     assert all(part in name for name in kept)
     assert all("norm" in name or "pos_conv" in name for name in kept)
-    assert torch.isfinite(model(torch.randn(1, 3000)).x_BTD.float()).all()
+    assert torch.isfinite(model(torch.randn(1, 3000)).x.float()).all()
 
 
 def test_attention_in_fp32_is_nearer_to_the_exact_result():

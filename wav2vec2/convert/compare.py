@@ -67,16 +67,16 @@ def _outputs(contents: Contents) -> dict[str, Tensor]:
         trunk: Wav2Vec2Model = ctc.eval().w2v
         encoded = trunk(audio_BS)
         possible = ctc.proj.bias > NEVER / 2  # a made-up row would be the largest entry, and hide the others
-        return {"frames": encoded.x_BTD, "logits": ctc.proj(encoded.x_BTD)[..., possible]}
+        return {"frames": encoded.x, "logits": ctc.proj(encoded.x)[..., possible]}
     model = Wav2Vec2Model(contents.config.model, DropoutConfig())
     has_heads = any(name.startswith(PRETRAINING_HEADS) for name in weights)
     fresh = {name: value for name, value in model.state_dict().items() if name not in weights}
     model.load_state_dict({**fresh, **weights})
     encoded = model.eval()(audio_BS)
-    found = {"frames": encoded.x_BTD}
+    found = {"frames": encoded.x}
     if has_heads:
         targets, quantized = model.quantize(encoded.features_BTC.flatten(0, 1))
-        found |= {"predictions": model.final_proj(encoded.x_BTD), "targets": targets}
+        found |= {"predictions": model.final_proj(encoded.x), "targets": targets}
         if quantized is not None:
             found["quantizer"] = quantized.logits_RGV
     return found

@@ -167,14 +167,14 @@ def our_numbers(model, audio_BS, mask_BT=None, lengths=None) -> dict[str, Tensor
     lengths_B = None if lengths is None else torch.tensor(lengths)
     encoded = trunk(audio_BS, lengths_B, mask_BT=mask_BT)
     recorded.close()
-    found = {"last": encoded.x_BTD, "features": encoded.features_BTC}
+    found = {"last": encoded.x, "features": encoded.features_BTC}
     found |= {f"layer {i}": layer for i, layer in enumerate(recorded.layers)}
     if hasattr(model, "proj"):
-        found["logits"] = model.proj(encoded.x_BTD)
+        found["logits"] = model.proj(encoded.x)
     if hasattr(model, "quantizer"):
         targets_RF, quantized = model.quantize(encoded.features_BTC.flatten(0, 1))
         found["codes"] = quantized.codes_RG
-        found["projected"] = model.final_proj(encoded.x_BTD)
+        found["projected"] = model.final_proj(encoded.x)
         found["targets"] = targets_RF.view_as(found["projected"])
     return found
 
@@ -444,7 +444,7 @@ def talkative(contents: Contents) -> Contents:
     audio_BS = waveform(1, 60000)
     trunk = our_model(contents).w2v
     with torch.no_grad():
-        frames_TD = trunk(audio_BS).x_BTD[0]
+        frames_TD = trunk(audio_BS).x[0]
     weight = contents.weights["proj.weight"]
     weight = weight / (frames_TD @ weight.T).std(0)[:, None]
     bias = -(frames_TD @ weight.T).mean(0)
