@@ -29,8 +29,7 @@ def train(run: Run) -> None:
     """Train from wherever the run stands to its last update."""
     try:
         while not run.finished:
-            batches = run.train_loader.next_update()
-            updated = train_step(run, batches, run.progress.step)
+            updated = train_step(run, run.train_loader.next_update(run.device), run.progress.step)
             run.after_update(updated)
     except DataError:
         run.rescue()  # a bad file must not cost what was learnt before it
@@ -46,7 +45,7 @@ def train_step(run: Run, batches: Sequence[Batch], step: int) -> bool:
         rng.seed_all(run.config.run.seed, "dropout", step, micro, distributed.rank())
         last = micro == len(batches) - 1
         with nullcontext() if last else run.engine.no_sync():
-            loss, stats = run.engine(batch.to(run.device), count)
+            loss, stats = run.engine(batch, count)
             run.optimizer.backward(loss)  # scales the loss in fp16
         run.metrics.add(stats)  # stays on the device
     grad_norm = run.optimizer.clip_grad_norm(run.config.optim.clip_norm)

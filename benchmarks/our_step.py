@@ -3,7 +3,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 from unittest.mock import patch
 
@@ -60,10 +61,18 @@ class OurStep:
         return sum(parameter.numel() for parameter in self.task.model.parameters())
 
 
+@contextmanager
+def our_program(workload: Workload) -> Iterator[OurStep]:
+    """Our step, in a process that is set up as train.py sets up its own."""
+    with distributed.session(workload.device.type):
+        yield OurStep(workload)
+
+
 class OurParts:
     """The parts of our step on their own, with what a real step hands them: inputs, and gradients of their weights.
 
-    The gradients that go into the backward pass of extractor and encoder are random, of the real shape.
+    What goes into the encoder, and the gradients that go into the backward pass of extractor and encoder, are random,
+    of the real shape.
     """
 
     def __init__(self, ours: OurStep, batch: SyntheticBatch) -> None:
@@ -72,12 +81,13 @@ class OurParts:
         self._losses()
         weights = list(self._task.model.parameters())
         self._gradients = [(weight, weight.grad) for weight in weights if weight.grad is not None]
-        encoded: Encoded = self._task.model(batch.audio_BS, mask_BT=batch.mask_BT)
+        encoded: Encoded = self._task.model(batch.audio_BS, mask_BT=batch.mask_BT, wanted_R=batch.masked_R)
         self._encoded = Encoded(
             _leaf(encoded.x), _leaf(encoded.features_BTC), _leaf(encoded.conv_features_BTC), frame_lengths_B=None
         )
         self._context_gradient = torch.randn_like(encoded.x)
         self._conv_gradient = torch.randn_like(encoded.conv_features_BTC)
+        self._embedded_BTD = _leaf(encoded.x.new_empty(*encoded.features_BTC.shape[:2], encoded.x.shape[-1]).normal_())
         self._forget()
 
     def time(self, stopwatch: Stopwatch, repeats: int) -> dict[str, float]:
@@ -95,7 +105,8 @@ class OurParts:
         self._task.model.feature_extractor(self._batch.audio_BS).backward(self._conv_gradient)
 
     def _encoder(self) -> None:
-        self._task.model.encoder(self._encoded.x).backward(self._context_gradient)
+        x_RD = self._task.model.encoder(self._embedded_BTD, wanted_R=self._batch.masked_R)
+        x_RD.backward(self._context_gradient)
 
     def _losses(self) -> None:
         self._optimizer.backward(self._task(self._batch, self._count)[0])
@@ -106,7 +117,8 @@ class OurParts:
 
     def _forget(self) -> None:
         self._optimizer.zero_grad()
-        for leaf in (self._encoded.x, self._encoded.features_BTC, self._encoded.conv_features_BTC):
+        encoded = self._encoded
+        for leaf in (encoded.x, encoded.features_BTC, encoded.conv_features_BTC, self._embedded_BTD):
             leaf.grad = None
 
     def _recall(self) -> None:

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -27,6 +28,12 @@ class Stepper(Protocol):
 
 
 Build = Callable[[Workload], Stepper]
+
+
+@contextmanager
+def peer_program(workload: Workload, load: Callable[[], Build]) -> Iterator[Stepper]:
+    """A peer's step; its process is as Python and torch leave it."""
+    yield load()(workload)
 
 
 class HuggingFaceStep:

@@ -1,6 +1,11 @@
-"""Measure one training step on synthetic audio: this toolkit, alone or beside another implementation.
+"""Measure one training step on synthetic audio: this toolkit, alone or beside others.
 
     python benchmarks/step.py --device cpu --size base --batch 2 --seconds 5 --against huggingface --json OUT
+
+The others are another implementation, and with --plain the toolkit itself with the plain form of some of its parts
+(benchmarks/plain.py). Every side has a process of its own that is set up and builds its step as its program would, and
+lives until the end. Its first steps tell its peak memory and warm it up. Then every round times all sides, one after
+the other and in turns from either end, while the others wait.
 
 What every figure means, and what a runner file looks like: docs/performance.md. The file --json is one object:
 
@@ -15,7 +20,9 @@ What every figure means, and what a runner file looks like: docs/performance.md.
     ours, peer                  {seconds {median, quartiles}, frames_per_s, masked_frames_per_s, model_flop_per_s, mfu,
                                 memory_bytes {peak, before: ahead of the first step}, parameters}; ours has
                                 skipped_updates (fp16), peer its name; peer is null without one
-    rounds                      a list of {ours_s, peer_s, ratio}: seconds per step
+    variants                    name of --plain -> {ratio, ratio_quartiles, memory_ratio: of ours over this one, and the
+                                same fields as peer but its name}
+    rounds                      a list of {ours_s, peer_s, ratio, variants_s {name: seconds}}: seconds per step
     matrix_rate                 {flop_per_s: the best, by_size}, in the precision of the run
     setting                     sizes of model and batch, precision, device, repetitions, flops {part: operations}
     hardware, versions, commit, command
@@ -24,14 +31,12 @@ What every figure means, and what a runner file looks like: docs/performance.md.
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import subprocess
 import sys
-import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,21 +47,23 @@ if not __package__:
 import torch
 
 from benchmarks.model_flops import training_flops
-from benchmarks.our_step import OurParts, OurStep
-from benchmarks.peers import Build, hugging_face, load_runner
+from benchmarks.our_step import our_program
+from benchmarks.peers import Build, hugging_face, load_runner, peer_program
+from benchmarks.plain import ALL, VARIANTS, check_plain, plain_program
 from benchmarks.provenance import provenance
-from benchmarks.stopwatch import MatrixRate, Stopwatch, peak_memory, summary
+from benchmarks.sides import OurBench, Side, at_work
+from benchmarks.stopwatch import summary
 from benchmarks.workload import PRECISIONS, SIZES, SyntheticBatch, Workload, make_recipe
 from common import distributed, flags
 from common.entry import run_program
-from common.errors import ConfigError, TrainingError
+from common.errors import ConfigError
 from common.flags import flag
 from utils.program import write_lines, writing
-from wav2vec2.build import HALF
 
-WARMUP_STEPS = 3
-MEMORY_STEPS = 3
+WARMUP_STEPS = 3  # the peak memory is that of these
 STEPS_PER_ROUND = {"cpu": 1, "cuda": 10}
+
+Rounds = list[dict[str, float]]  # of every round the seconds per step, by side
 
 
 @dataclass(frozen=True)
@@ -77,21 +84,22 @@ class StepFlags:
     against: str | None = flag(None, "peer to compare with", choices=("huggingface",))
     against_runner: str = flag("", "peer to compare with: a file that defines build(config)", metavar="FILE.py")
     checkout: str = flag("", "folder of the peer's code, handed to the runner as config.checkout", metavar="DIR")
+    plain: tuple[str, ...] = flag(
+        (), f"plain forms to compare with, each on its own; {ALL}: all of them together", choices=VARIANTS
+    )
     json: str = flag("", "file for the results", required=True, metavar="OUT")
     debug: bool = flag(False, "show tracebacks of errors")
 
 
-def parse(argv: Sequence[str]) -> tuple[StepFlags, str | None]:
-    """The command line, and for a process that measures memory whose: "ours" or "peer"."""
+def parse(argv: Sequence[str]) -> StepFlags:
+    """The command line."""
     parser = flags.Parser(
         prog="benchmarks/step.py",
         usage="benchmarks/step.py --json OUT [FLAG ...]",
         description="Measure one training step on synthetic audio.",
     )
     flags.add_flags(parser, StepFlags, "pretrain", "what is measured")
-    parser.add_argument("--memory_of", choices=("ours", "peer"), help=argparse.SUPPRESS)
-    namespace = parser.parse_args(list(argv))
-    options = flags.from_namespace(StepFlags, namespace)
+    options = flags.from_namespace(StepFlags, parser.parse_args(list(argv)))
     if options.against and options.against_runner:
         raise ConfigError("--against and --against_runner: one peer at a time; remove one of them")
     if options.checkout and not options.against_runner:
@@ -102,31 +110,50 @@ def parse(argv: Sequence[str]) -> tuple[StepFlags, str | None]:
         raise ConfigError(
             f"--hourglass {options.hourglass_transformer}: Hugging Face has no Hourglass; remove it or --against"
         )
-    return options, namespace.memory_of
+    check_plain(options.plain, options.device)
+    return options
 
 
 def main(argv: Sequence[str]) -> None:
     """Measure as the command line says, and write the results."""
-    options, memory_of = parse(argv)
+    options = parse(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
     with distributed.session(options.device) as device:
-        recipe = make_recipe(options.size, options.hourglass_transformer, options.precision)
-        # for all implementations alike
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = recipe.precision.allow_tf32
-        samples = round(options.seconds * recipe.model.sample_rate)
-        checkout = Path(options.checkout) if options.checkout else None
-        workload = Workload(recipe, device, options.batch, samples, checkout)
-        builds = {"ours": OurStep, **peer_build(options)}
-        if memory_of:
-            result = measure_memory(builds[memory_of], workload)
-        else:
-            check_writable(Path(options.json))
-            # first, while this process holds nothing on a GPU that they share
-            memory = {side: memory_in_fresh_process(argv, side) for side in builds}
-            result = measure(options, workload, builds, memory) | provenance(device) | {"command": list(argv)}
-            print(describe(result))
+        workload, sides = make_workload(options, device), make_sides(options)
+        check_writable(Path(options.json))
+        result = measure(options, workload, sides) | provenance(device) | {"command": list(argv)}
+        print(describe(result))
         write_lines(Path(options.json), [json.dumps(result, indent=2)])
+
+
+def make_workload(options: StepFlags, device: torch.device) -> Workload:
+    """What every side is built from, and measured on."""
+    recipe = make_recipe(options.size, options.hourglass_transformer, options.precision)
+    samples = round(options.seconds * recipe.model.sample_rate)
+    return Workload(recipe, device, options.batch, samples, Path(options.checkout) if options.checkout else None)
+
+
+def make_sides(options: StepFlags) -> dict[str, Side]:
+    """What is compared: "ours", "peer" where there is one, and the variants by name."""
+    sides = {"ours": Side("ours", our_program, OurBench)}
+    load = peer_loader(options)
+    if load:
+        load()  # what is wrong with it shall be told before anything is measured
+        sides["peer"] = Side(f"peer, {peer_name(options)}", partial(peer_program, load=load))
+    return sides | {name: Side(f"plain {name}", partial(plain_program, names=(name,))) for name in options.plain}
+
+
+def peer_loader(options: StepFlags) -> Callable[[], Build] | None:
+    """How the peer is found; None without one."""
+    if options.against_runner:
+        return partial(load_runner, Path(options.against_runner))
+    return hugging_face if options.against else None
+
+
+def peer_name(options: StepFlags) -> str:
+    """What the peer is called."""
+    return options.against or options.against_runner
 
 
 def check_writable(path: Path) -> None:
@@ -137,78 +164,56 @@ def check_writable(path: Path) -> None:
         raise ConfigError(f"--json {path}: is a folder, or in one that cannot be written; choose another file")
 
 
-def peer_build(options: StepFlags) -> dict[str, Build]:
-    """How the peer is built; nothing without one."""
-    if options.against_runner:
-        return {"peer": load_runner(Path(options.against_runner))}
-    return {"peer": hugging_face()} if options.against else {}
-
-
-def measure_memory(build: Build, workload: Workload) -> dict[str, int]:
-    """Bytes that one implementation needs at most, in a process of its own."""
-    stepper, batch = build(workload), workload.batch()
-    return peak_memory(partial(stepper.step, batch), MEMORY_STEPS, workload.device)
-
-
 def memory_in_fresh_process(argv: Sequence[str], side: str) -> dict[str, int]:
-    """measure_memory() of "ours" or "peer", by this program started anew.
+    """Bytes that "ours" or "peer" of a command line without --json needs at most, `peak` and `before` the first step.
 
     Raises:
-        TrainingError: the process failed; it has said why.
+        TrainingError: its process failed; it has said why.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "memory.json"
-        command = [sys.executable, str(Path(__file__).resolve()), *argv, "--memory_of", side, "--json", str(out)]
-        status = subprocess.run(command, check=False).returncode  # noqa: S603
-        if status:
-            raise TrainingError(
-                f"the process that measures the memory of {side} ended with status {status}; if it told no error, "
-                "there was too little memory: lower --batch or --seconds"
-            )
-        return json.loads(out.read_text())
+    options = parse([*argv, "--json", "-"])
+    workload = make_workload(options, torch.device(options.device))
+    with at_work(make_sides(options)[side], workload, options.threads) as process:
+        return process.start(WARMUP_STEPS)["memory_bytes"]
 
 
-def measure(
-    options: StepFlags, workload: Workload, builds: dict[str, Build], memory: dict[str, dict[str, int]]
-) -> dict[str, Any]:
+def measure(options: StepFlags, workload: Workload, sides: dict[str, Side]) -> dict[str, Any]:
     """All rounds, and what follows from them."""
-    batch = workload.batch()
-    ours = OurStep(workload)
-    steppers = {side: ours if side == "ours" else build(workload) for side, build in builds.items()}
-    stopwatch = Stopwatch(workload.device)
     steps = options.steps or STEPS_PER_ROUND[workload.device.type]
-    matrix = MatrixRate(stopwatch, HALF.get(options.precision, torch.float32))
-    for stepper in steppers.values():
-        stopwatch.time(partial(stepper.step, batch), WARMUP_STEPS)
-    parts = OurParts(ours, batch)
-    parts.time(stopwatch, 1)
-    rounds, in_parts = [], []
-    for number in range(options.rounds):
-        order = list(steppers)[:: -1 if number % 2 else 1]  # nobody is always the first
-        seconds = {side: stopwatch.time(partial(steppers[side].step, batch), steps) for side in order}
-        rounds.append(seconds)
-        in_parts.append(parts.time(stopwatch, steps))
-        matrix.measure(steps)
+    with ExitStack() as stack:
+        processes, begun = {}, {}
+        for name, side in sides.items():
+            processes[name] = stack.enter_context(at_work(side, workload, options.threads))
+            begun[name] = processes[name].start(WARMUP_STEPS)
+        rounds, in_parts = [], []
+        for number in range(options.rounds):
+            order = list(sides)[:: -1 if number % 2 else 1]  # nobody is always the first
+            rounds.append({name: processes[name].time(steps) for name in order})
+            in_parts.append(processes["ours"].ask("time_parts", steps))
+        finished = processes["ours"].ask("finish")
+    batch = replace(workload, device=torch.device("cpu")).batch()  # for its sizes
     flops = training_flops(workload.recipe.model, workload.rows, workload.samples, batch.sub_batches[0].masked)
-    rate = matrix.result()
-    sides = {
-        side: throughput(batch, [one[side] for one in rounds], sum(flops.values()), rate["flop_per_s"])
-        | {"memory_bytes": memory[side], "parameters": getattr(stepper, "num_parameters", None)}
-        for side, stepper in steppers.items()
+    rate = finished["matrix_rate"]
+    figures = {
+        name: throughput(batch, [one[name] for one in rounds], sum(flops.values()), rate["flop_per_s"]) | begun[name]
+        for name in sides
     }
+    ours = figures["ours"]
+    against_peer = compare("peer", rounds, figures)
     return {
-        **compare(rounds, memory),
-        **{name: sides["ours"][name] for name in ("frames_per_s", "masked_frames_per_s", "model_flop_per_s", "mfu")},
+        **(against_peer or dict.fromkeys(("ratio", "ratio_quartiles", "memory_ratio"))),
+        **{name: ours[name] for name in ("frames_per_s", "masked_frames_per_s", "model_flop_per_s", "mfu")},
         "components": components(rounds, in_parts, flops, rate["flop_per_s"]),
-        "ours": sides["ours"] | {"skipped_updates": ours.optimizer.num_skipped},
-        "peer": sides["peer"] | {"name": options.against or options.against_runner} if "peer" in sides else None,
+        "ours": ours | {"skipped_updates": finished["skipped_updates"]},
+        "peer": figures["peer"] | {"name": peer_name(options)} if against_peer else None,
+        "variants": {name: compare(name, rounds, figures) | figures[name] for name in options.plain},
+        "rounds": [listed(one, options.plain) for one in rounds],
         "matrix_rate": rate,
         "setting": setting(options, workload, batch, steps, flops),
     }
 
 
 def throughput(batch: SyntheticBatch, seconds: list[float], flops: int, matrix_rate: float) -> dict[str, Any]:
-    """Seconds per step of one implementation, and what they make of the batch."""
+    """Seconds per step of one side, and what they make of the batch."""
     step = summary(seconds)
     median = step["median"]
     return {
@@ -220,25 +225,28 @@ def throughput(batch: SyntheticBatch, seconds: list[float], flops: int, matrix_r
     }
 
 
-def compare(rounds: list[dict[str, float]], memory: dict[str, dict[str, int]]) -> dict[str, Any]:
-    """Ratios of ours to the peer's, and the rounds that they come from."""
-    listed: list[dict[str, float | None]] = [{"ours_s": one["ours"], "peer_s": None, "ratio": None} for one in rounds]
-    if "peer" not in memory:
-        return {"ratio": None, "ratio_quartiles": None, "memory_ratio": None, "rounds": listed}
-    ratios = [one["peer"] / one["ours"] for one in rounds]
-    for entry, one, ratio in zip(listed, rounds, ratios, strict=True):
-        entry |= {"peer_s": one["peer"], "ratio": ratio}
-    found = summary(ratios)
+def compare(side: str, rounds: Rounds, figures: dict[str, Any]) -> dict[str, Any]:
+    """Ratios of ours to a side's; nothing where there is no such side."""
+    if side not in figures:
+        return {}
+    found = summary([one[side] / one["ours"] for one in rounds])
+    peaks = [figures[name]["memory_bytes"]["peak"] for name in ("ours", side)]
+    return {"ratio": found["median"], "ratio_quartiles": found["quartiles"], "memory_ratio": peaks[0] / peaks[1]}
+
+
+def listed(one: dict[str, float], variants: Sequence[str]) -> dict[str, Any]:
+    """A round as the file has it."""
+    peer = one.get("peer")
     return {
-        "ratio": found["median"],
-        "ratio_quartiles": found["quartiles"],
-        "memory_ratio": memory["ours"]["peak"] / memory["peer"]["peak"],
-        "rounds": listed,
+        "ours_s": one["ours"],
+        "peer_s": peer,
+        "ratio": peer and peer / one["ours"],
+        "variants_s": {name: one[name] for name in variants},
     }
 
 
 def components(
-    rounds: list[dict[str, float]], parts: list[dict[str, float]], flops: dict[str, int], matrix_rate: float
+    rounds: Rounds, parts: list[dict[str, float]], flops: dict[str, int], matrix_rate: float
 ) -> dict[str, Any]:
     """Time of every part of our step; the share is the median of those of the rounds."""
     found: dict[str, Any] = {}
@@ -263,6 +271,7 @@ def setting(
     names = ("device", "size", "hourglass_transformer", "precision", "batch", "seconds", "checkout")
     return {
         **{name: getattr(options, name) for name in names},
+        "plain": options.plain,
         "rounds": options.rounds,
         "steps_per_round": steps,
         "samples": workload.samples,
@@ -287,6 +296,12 @@ def describe(result: dict[str, Any]) -> str:
         lines.append(
             f"against {result['peer']['name']}: throughput x {result['ratio']:.2f} [{low:.2f}, {high:.2f}], "
             f"memory x {result['memory_ratio']:.2f}"
+        )
+    for name, variant in result["variants"].items():
+        low, high = variant["ratio_quartiles"]
+        lines.append(
+            f"over plain {name}: throughput x {variant['ratio']:.2f} [{low:.2f}, {high:.2f}], "
+            f"memory x {variant['memory_ratio']:.2f}"
         )
     return "\n".join(lines)
 

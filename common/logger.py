@@ -16,8 +16,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol, TextIO, TypeVar
 
-from tqdm import tqdm
-
 from common import distributed
 from common.errors import ConfigError
 
@@ -257,6 +255,12 @@ def progress(iterable: Iterable[Item], *, desc: str, total: int | None = None, u
     """Show a bar while iterating, on rank 0 and if stderr is a terminal; else give back the iterable."""
     if not (distributed.is_main() and sys.stderr.isatty()):
         return iterable
+    try:
+        from tqdm import tqdm  # only here: a run without a terminal needs none
+    except ImportError as error:
+        raise ConfigError(
+            f"tqdm is not installed ({error}); install it with: pip install -r requirements.txt"
+        ) from error
     return tqdm(iterable, desc=desc, total=total, unit=unit, file=sys.stderr)
 
 
@@ -286,7 +290,11 @@ class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stdout if self._stream is None else self._stream
         try:
-            tqdm.write(self.format(record), file=stream)
+            line = self.format(record)
+            if "tqdm" in sys.modules:  # else there is no bar
+                sys.modules["tqdm"].tqdm.write(line, file=stream)
+            else:
+                stream.write(line + "\n")
             stream.flush()
         except OSError:  # a closed pipe must not end a run; logging itself reports it
             self.handleError(record)

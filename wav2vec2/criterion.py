@@ -192,8 +192,9 @@ def ctc_losses(
 ) -> Tensor:
     """Negative log-likelihood [B] of every transcript in nats; blank is symbol 0.
 
-    Lengths as numbers of Python spare the device a synchronisation. With `zero_infinity` a transcript that
-    does not fit into its frames counts 0.
+    Lengths belong on the host: torch would read back those of a tensor on the device. On CUDA the host waits all the
+    same, for three blocking copies of lengths and offsets in the forward pass and three in the backward pass.
+    With `zero_infinity` a transcript that does not fit into its frames counts 0.
     """
     log_probs_TBK = F.log_softmax(at_least_fp32(logits_BTK), -1).transpose(0, 1)
     # cuDNN's CTC knows no zero_infinity for all of these cases and is not deterministic

@@ -8,7 +8,6 @@ meet, fine-tuning one output projection. Modules compute in the type of their ow
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,17 +19,9 @@ from torch import Tensor, nn
 
 from wav2vec2.attention import SelfAttention
 from wav2vec2.config import DropoutConfig, ModelConfig
-from wav2vec2.convolutions import (
-    Spectrum,
-    flat_windows,
-    grouped_conv,
-    normed_first_conv,
-    row_pitch,
-    strided_conv,
-    weight_spectrum,
-)
+from wav2vec2.convolutions import PositionalConv, flat_windows, normed_first_conv, row_pitch, strided_conv
 from wav2vec2.dropout import Dropout
-from wav2vec2.gradients import ScaleGradient, touch
+from wav2vec2.gradients import GeluLinear, ScaleGradient, touch
 from wav2vec2.norms import ChannelNorm, LayerNorm, at_least_fp32, valid_positions
 
 
@@ -117,33 +108,6 @@ class FeatureExtractor(nn.Module):
 # ---- Section 2: contextualized representations with transformers ----------------------------------------------------
 
 
-class PositionalConv(nn.Module):
-    """Relative positions by a grouped convolution over time, weight-normed per kernel tap, then GELU."""
-
-    def __init__(self, dim: int, kernel: int, groups: int) -> None:
-        super().__init__()
-        self.kernel = kernel
-        self.groups = groups
-        self.weight_v = nn.Parameter(torch.randn(dim, dim // groups, kernel) * math.sqrt(4 / (kernel * dim)))
-        self.weight_g = nn.Parameter(self.weight_v.detach().norm(dim=(0, 1), keepdim=True))
-        self.bias = nn.Parameter(torch.zeros(dim))
-        self.folded: Spectrum | None = None
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
-        x = grouped_conv(x_BTD.to(self.bias.dtype), self.folded or self.spectrum(), self.kernel)
-        return F.gelu(x + self.bias).to(x_BTD.dtype)
-
-    def spectrum(self) -> Spectrum:
-        """What the convolution multiplies with."""
-        weight_Dek = self.weight_v * (self.weight_g / self.weight_v.norm(dim=(0, 1), keepdim=True))
-        return weight_spectrum(weight_Dek, self.groups)
-
-    def fold(self) -> None:
-        """Compute the spectrum once and for all; from now on the weights must not change or move."""
-        self.folded = self.spectrum()
-
-
 class TransformerLayer(nn.Module):
     """Self-attention and a feed-forward block, each with a residual; the norm stands before or after them."""
 
@@ -156,10 +120,9 @@ class TransformerLayer(nn.Module):
         )
         self.self_attn_layer_norm = LayerNorm(dim)
         self.fc1 = nn.Linear(dim, config.encoder_ffn_embed_dim)
-        self.fc2 = nn.Linear(config.encoder_ffn_embed_dim, dim)
+        self.fc2 = GeluLinear(config.encoder_ffn_embed_dim, dim, dropout=dropout.activation_dropout)
         self.final_layer_norm = LayerNorm(dim)
         self.dropout = Dropout(dropout.dropout)
-        self.activation_dropout = Dropout(dropout.activation_dropout)
 
     def forward(self, x_BTD: Tensor, keys_B11T: Tensor | None = None, wanted_R: Tensor | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D], or [R, D] of the wanted frames (b x T + t); `keys_B11T` is False on padding.
@@ -174,7 +137,7 @@ class TransformerLayer(nn.Module):
         return self.final_layer_norm(x + self._feed_forward(x))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.fc2(self.activation_dropout(F.gelu(self.fc1(x)))))
+        return self.dropout(self.fc2(self.fc1(x)))
 
 
 class Downsample(nn.Module):

@@ -72,10 +72,10 @@ def norm_lengths(batch: Batch, *, reference_padding: bool) -> Tensor | None:
     """
     if not reference_padding:
         return batch.lengths_B if batch.padded else None
-    samples = [sub.samples for sub in batch.sub_batches for _ in range(sub.rows)]
-    if min(samples) == batch.audio_BS.shape[1]:
+    if all(sub.samples == batch.audio_BS.shape[1] for sub in batch.sub_batches):
         return None
-    return torch.tensor(samples).to(batch.audio_BS.device, non_blocking=True)
+    device = batch.audio_BS.device  # full() fills there; tensor() would copy from the host
+    return torch.cat([torch.full((sub.rows,), sub.samples, device=device) for sub in batch.sub_batches])
 
 
 def draw_layerdrop(probability: float, num_layers: int, seed: int, step: int) -> list[bool]:

@@ -26,6 +26,7 @@ from common.rng import numpy_rng
 
 log = logging.getLogger(__name__)
 PREFETCH_PER_WORKER = 2
+CPU = torch.device("cpu")
 
 
 class BatchMaker(Dataset):
@@ -71,7 +72,7 @@ class TrainLoader:
         sampler.micro_batches(1, 0, **self._layout)  # a wrong product is refused now
         self._update_freq, self._num_workers, self._pin_memory = update_freq, num_workers, pin_memory
         self.epoch, self.position = 1, 0
-        self._batches: Iterator[Batch] | None = None
+        self._updates: Iterator[list[Batch]] | None = None
         self._wait_seconds = 0.0
 
     @property
@@ -94,15 +95,19 @@ class TrainLoader:
         seconds, self._wait_seconds = self._wait_seconds, 0.0
         return seconds
 
-    def next_update(self) -> list[Batch]:
-        """This rank's micro-batches of the next update, on the host; an error of the data is raised here."""
+    def next_update(self, device: torch.device = CPU) -> list[Batch]:
+        """This rank's micro-batches of the next update, on a device that is the same in all calls.
+
+        An error of the data is raised here, when its update is due. On a GPU the following update is then being
+        copied already.
+        """
         start = time.perf_counter()
         if self.at_epoch_end:
             self.epoch, self.position = self.epoch + 1, 0
-        if self._batches is None:
-            keys = self._keys(self.epoch, self.position)
-            self._batches = _batches(self._maker, keys, self._num_workers, self._pin_memory)
-        batches = [next(self._batches) for _ in range(self._update_freq)]
+        if self._updates is None:
+            updates = self._read(self.epoch, self.position)
+            self._updates = copied_ahead(updates, device) if device.type == "cuda" else updates
+        batches = next(self._updates)
         self.position += 1
         self._wait_seconds += time.perf_counter() - start
         return batches
@@ -126,7 +131,14 @@ class TrainLoader:
 
     def close(self) -> None:
         """Stop the workers; the next update starts new ones."""
-        self._batches = None
+        self._updates = None
+
+    def _read(self, epoch: int, position: int) -> Iterator[list[Batch]]:
+        """Updates from a position on, on the host, without end."""
+        keys = self._keys(epoch, position)
+        batches = _batches(self._maker, keys, self._num_workers, self._pin_memory)
+        while True:
+            yield [next(batches) for _ in range(self._update_freq)]
 
     def _fingerprint(self) -> dict[str, int]:
         """Numbers that must agree for a position to mean the same."""
@@ -169,6 +181,36 @@ class ValidLoader:
             return iter(())
         keys = [[plan] for plan in self._planned]
         return _batches(self._maker, keys, min(self._num_workers, len(keys)), self._pin_memory)
+
+
+def copied_ahead(updates: Iterator[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:
+    """The same updates on a GPU, each copied there while the one before it computes; errors come in their turn.
+
+    The copies are made on a stream of their own, and each stream waits for the other where it must, on the device:
+    the computation for the copy of what is handed out, and a copy for all computation that was started before it.
+    The second wait is what `Tensor.record_stream` would be for: the memory of a batch belongs to the stream that
+    filled it, so once Python has let go of the batch the allocator gives it to the next copy, though the computation
+    may still be reading. Two updates lie on the device at a time. Pinned memory of the host needs no care: torch
+    keeps it until the copy is done.
+    """
+    side = torch.cuda.Stream(device)
+
+    def copy_next() -> list[Batch] | UserError:
+        try:
+            update = next(updates)
+        except UserError as error:
+            return error
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            return [batch.to(device) for batch in update]
+
+    copied = copy_next()
+    while not isinstance(copied, UserError):
+        torch.cuda.current_stream(device).wait_stream(side)  # ahead of the next copy, which it shall not wait for
+        handed_out, copied = copied, copy_next()
+        yield handed_out
+        del handed_out  # its memory serves the next copy
+    raise copied
 
 
 def train_loader(

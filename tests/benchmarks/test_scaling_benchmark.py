@@ -15,7 +15,6 @@ from statistics import median
 
 import pytest
 import torch
-from conftest import ROOT
 
 from benchmarks import scaling
 from benchmarks.our_step import OurStep
@@ -24,6 +23,7 @@ from benchmarks.workload import Workload
 from common import distributed
 from common.errors import ConfigError, TrainingError
 
+ROOT = Path(__file__).resolve().parents[2]  # not from conftest, which the two processes do not find
 OPTIONS = ScalingFlags(
     size="tiny", batch=4, seconds=1.0, ranks=(1, 2), threads=1, rounds=2, passes=1, steps=1, json="-"
 )

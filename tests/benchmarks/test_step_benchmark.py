@@ -1,30 +1,53 @@
-"""benchmarks/step.py: the operations that it counts, what it measures, and the file that it writes."""
+"""benchmarks/step.py: the operations that it counts, its processes, what it measures, and the file that it writes."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import re
+import signal
 import statistics
+import time
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import step
+from benchmarks import sides, step
 from benchmarks.model_flops import training_flops
-from benchmarks.our_step import OurParts, OurStep
+from benchmarks.our_step import OurParts, OurStep, our_program
+from benchmarks.plain import plain_forms
+from benchmarks.sides import Bench, Side, at_work
 from benchmarks.stopwatch import Stopwatch
 from benchmarks.workload import SIZES, Workload, make_recipe
 from common.errors import ConfigError, TrainingError
+from wav2vec2 import criterion
 
 CPU = torch.device("cpu")
 TINY = ["--size", "tiny", "--rounds", "2", "--batch", "2", "--seconds", "1", "--threads", "1"]
 KEYS = {
     *("ratio", "ratio_quartiles", "memory_ratio", "frames_per_s", "masked_frames_per_s", "model_flop_per_s", "mfu"),
-    *("components", "ours", "peer", "rounds", "matrix_rate", "setting", "hardware", "versions", "commit", "command"),
+    *(
+        "components",
+        "ours",
+        "peer",
+        "variants",
+        "rounds",
+        "matrix_rate",
+        "setting",
+        "hardware",
+        "versions",
+        "commit",
+        "command",
+    ),
 }
+# In these forms every operation of the model is one that torch counts, and is done once.
+TEXTBOOK = ("first_block", "conv_stack", "positional_conv", "attention", "feed_forward", "last_layer")
 PARTS = ("extractor", "encoder", "quantizer_logits", "optimizer")
 
 RUNNER = """
@@ -87,11 +110,12 @@ def test_operations_are_those_that_torch_counts_in_every_part(size, changes):
     workload = Workload(recipe, CPU, rows=2, samples=30000)
     batch, ours, counter = workload.batch(), OurStep(workload), OperationCounter(CPU)
     expected = training_flops(recipe.model, 2, 30000, int(batch.mask_BT[0].sum()))
-    found = OurParts(ours, batch).time(counter, 1)
+    with plain_forms(TEXTBOOK, "cpu"):
+        found = OurParts(ours, batch).time(counter, 1)
+        whole = counter.time(lambda: ours.step(batch), 1)
     assert found["optimizer"] == 0
     for part in ("extractor", "encoder", "quantizer_logits"):
         assert expected[part] == pytest.approx(found[part], rel=0.015), part
-    whole = counter.time(lambda: ours.step(batch), 1)
     assert sum(expected.values()) == pytest.approx(whole, rel=0.01)
     assert expected["projection"] == pytest.approx(whole - sum(found.values()), rel=0.01)
 
@@ -100,7 +124,7 @@ def test_groups_divide_the_operations_of_the_positional_convolution():
     recipe = make_recipe("tiny")
     ours = OurStep(Workload(recipe, CPU, rows=1, samples=30000))
     convolution, width, frames = ours.task.model.encoder.pos_conv, recipe.model.encoder_embed_dim, 93
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with plain_forms(TEXTBOOK, "cpu"), FlopCounterMode(display=False) as counter, torch.no_grad():
         convolution(torch.zeros(1, frames, width))
 
     def encoder(groups: int) -> int:
@@ -182,19 +206,33 @@ def check(result: dict) -> None:
 def check_peer(result: dict) -> None:
     ratios = [one["peer_s"] / one["ours_s"] for one in result["rounds"]]
     assert [one["ratio"] for one in result["rounds"]] == ratios
-    assert result["ratio"] == pytest.approx(statistics.median(ratios))
-    peaks = [result[side]["memory_bytes"]["peak"] for side in ("ours", "peer")]
-    assert result["memory_ratio"] == pytest.approx(peaks[0] / peaks[1])
+    check_ratios(result["ours"], result["peer"], result, ratios)
+
+
+def check_variants(result: dict, names: list[str]) -> None:
+    assert list(result["variants"]) == names
+    for name, variant in result["variants"].items():
+        ratios = [one["variants_s"][name] / one["ours_s"] for one in result["rounds"]]
+        check_ratios(result["ours"], variant, variant, ratios)
+        assert variant["parameters"] == result["ours"]["parameters"]
+
+
+def check_ratios(ours: dict, other: dict, told: dict, ratios: list[float]) -> None:
+    assert told["ratio"] == pytest.approx(statistics.median(ratios))
+    assert told["ratio_quartiles"][0] <= told["ratio"] <= told["ratio_quartiles"][1]
+    assert told["memory_ratio"] == pytest.approx(ours["memory_bytes"]["peak"] / other["memory_bytes"]["peak"])
+    assert other["memory_bytes"]["peak"] >= other["memory_bytes"]["before"] > 0
 
 
 @pytest.mark.slow
 def test_against_hugging_face(tmp_path):
     pytest.importorskip("transformers")
     out = tmp_path / "new" / "result.json"
-    step.main([*TINY, "--against", "huggingface", "--json", str(out)])
+    step.main([*TINY, "--against", "huggingface", "--plain", "contrastive", "all", "--json", str(out)])
     result = json.loads(out.read_text())
     check(result)
     check_peer(result)
+    check_variants(result, ["contrastive", "all"])
     assert result["peer"]["name"] == "huggingface"
     assert result["peer"]["parameters"] == result["ours"]["parameters"]
     assert list(out.parent.iterdir()) == [out]
@@ -205,7 +243,7 @@ def test_against_a_runner_that_is_slow_and_large(tmp_path, capsys):
     """Ratios above 1 are in our favour in speed, those below 1 in memory; neither process sees the other's memory."""
     runner, out = tmp_path / "runner.py", tmp_path / "result.json"
     runner.write_text(RUNNER)
-    large = b"x" * (600 << 20)  # of this process, which those that measure memory must not inherit
+    large = b"x" * (600 << 20)  # of this process, which those of the sides must not inherit
     del large
     step.main([*TINY, "--against-runner", str(runner), "--checkout", str(tmp_path), "--json", str(out)])
     result = json.loads(out.read_text())
@@ -221,20 +259,143 @@ def test_against_a_runner_that_is_slow_and_large(tmp_path, capsys):
     assert f"x {result['ratio']:.2f}" in capsys.readouterr().out
 
 
-def test_a_measurement_that_fails_is_told_and_writes_nothing(tmp_path, capfd):
+class Told:
+    """Stands for an implementation in tests of the processes; what it does is said by the file `order`."""
+
+    def __init__(self, order: Path) -> None:
+        self.order = order
+
+    def step(self, batch):
+        if self.order.exists():
+            raise ConfigError(f"--checkout {self.order.read_text()}: is not what it should be; choose another")
+
+
+def told_program(workload, order):
+    return nullcontext(Told(order))
+
+
+WORKLOAD = Workload(make_recipe("tiny"), CPU, rows=1, samples=16000)
+
+
+def test_a_side_that_fails_while_it_is_built_is_named_and_nothing_is_written(tmp_path, capfd):
     runner, out = tmp_path / "runner.py", tmp_path / "result.json"
     runner.write_text("def build(config):\n    raise RuntimeError('no such model')\n")
-    with pytest.raises(TrainingError, match="memory of peer ended with status 1") as error:
-        step.memory_in_fresh_process([*TINY, "--against_runner", str(runner), "--json", str(out)], "peer")
+    with pytest.raises(TrainingError, match=f"process of peer, {runner} ended with status 1") as error:
+        step.main([*TINY, "--against_runner", str(runner), "--json", str(out)])
     assert "\n" not in str(error.value)
     assert "no such model" in capfd.readouterr().err
     assert [path for path in tmp_path.iterdir() if path.is_file()] == [runner]
+    assert multiprocessing.active_children() == []
+
+
+def test_an_error_of_a_user_comes_through_in_one_line_with_the_name_of_the_side(tmp_path):
+    order = tmp_path / "order"
+    with at_work(Side("their side", partial(told_program, order=order)), WORKLOAD, 1) as process:
+        assert process.start(2)["parameters"] is None
+        order.write_text("here")
+        with pytest.raises(ConfigError, match=r"^--checkout here: .* \(told by their side\)$"):
+            process.time(1)
+        with pytest.raises(TrainingError, match="process of their side ended with status 0"):
+            process.time(1)
+
+
+def test_a_side_that_the_system_stops_is_named(tmp_path):
+    with at_work(Side("large side", partial(told_program, order=tmp_path / "none")), WORKLOAD, 1) as process:
+        process.start(1)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        with pytest.raises(TrainingError, match="process of large side ended with status -9; .*memory: lower --batch"):
+            process.time(1)
+
+
+def test_sides_have_processes_of_their_own_which_wait_and_end(tmp_path):
+    """What one of them sets, the other and this process do not have; one that waits takes no processor time."""
+    threads = torch.get_num_threads()
+    with (
+        at_work(Side("one", our_program, Settings), WORKLOAD, 1) as one,
+        at_work(Side("two", our_program, Settings), WORKLOAD, 2) as two,
+    ):
+        one.start(1), two.start(1)
+        (first_pid, first), (second_pid, second) = one.ask("settings"), two.ask("settings")
+        assert (first, second, torch.get_num_threads()) == (1, 2, threads)
+        assert len({first_pid, second_pid, os.getpid()}) == 3
+        before, start = two.ask("processor_seconds"), time.perf_counter()
+        for _ in range(10):
+            one.time(2)
+        assert two.ask("processor_seconds") - before < (time.perf_counter() - start) / 10
+    assert multiprocessing.active_children() == []
+
+
+class Settings(Bench):
+    """Tells what a process has."""
+
+    def settings(self):
+        return os.getpid(), torch.get_num_threads()
+
+    def processor_seconds(self):
+        return time.process_time()
+
+
+def test_a_plain_variant_is_in_place_in_its_own_process_only():
+    side = step.make_sides(step.parse(["--plain", "contrastive", "--json", "-"]))["contrastive"]
+    with at_work(replace(side, bench=Places), WORKLOAD, 1) as process:
+        assert process.ask("contrastive_logits") == "benchmarks.plain"
+    assert criterion.contrastive_logits.__module__ == "wav2vec2.criterion"
+
+
+class Places(Bench):
+    """Tells where a function comes from."""
+
+    def contrastive_logits(self):
+        return criterion.contrastive_logits.__module__
+
+
+def test_all_sides_are_timed_in_every_round_and_none_is_always_first(monkeypatch):
+    """A machine that gets slower from round to round changes no ratio; a side is begun before the next one."""
+    speed, calls = {"ours": 1.0, "contrastive": 0.8, "all": 0.5}, []
+
+    class Recorded:
+        def __init__(self, side, workload, threads):
+            self.name = side.name.removeprefix("plain ")
+
+        def start(self, steps):
+            calls.append(f"start {self.name}")
+            peak = {"ours": 60, "contrastive": 80, "all": 120}[self.name]
+            return {"memory_bytes": {"peak": peak, "before": 50}, "parameters": 7}
+
+        def time(self, steps):
+            calls.append(self.name)
+            return len([call for call in calls if call == self.name]) / speed[self.name]
+
+        def ask(self, question, *arguments):
+            assert self.name == "ours"
+            if question == "finish":
+                return {"matrix_rate": {"flop_per_s": 1e9, "by_size": {}}, "skipped_updates": 0}
+            return dict.fromkeys(PARTS, 0.1)
+
+        def end(self):
+            calls.append(f"end {self.name}")
+
+    monkeypatch.setattr(sides, "SideProcess", Recorded)
+    options = step.parse([*TINY, "--rounds", "3", "--plain", "contrastive", "all", "--json", "-"])
+    result = step.measure(options, WORKLOAD, step.make_sides(options))
+    names = list(speed)
+    assert calls == [
+        *(f"start {name}" for name in names),
+        *names,
+        *reversed(names),
+        *names,
+        *(f"end {name}" for name in reversed(names)),
+    ]
+    assert [result["variants"][name]["ratio"] for name in names[1:]] == pytest.approx([1.25, 2.0])
+    assert result["variants"]["all"]["ratio_quartiles"] == pytest.approx([2.0, 2.0])
+    assert [result["variants"][name]["memory_ratio"] for name in names[1:]] == [0.75, 0.5]
+    assert result["ratio"] is result["memory_ratio"] is result["peer"] is None
 
 
 def test_mistakes_are_told_in_one_line_by_flag_before_anything_is_measured(tmp_path, monkeypatch):
     empty, out = tmp_path / "empty.py", tmp_path / "out.json"
     empty.write_text("")
-    monkeypatch.setattr(step, "memory_in_fresh_process", lambda argv, side: pytest.fail("was measured"))
+    monkeypatch.setattr(sides, "SideProcess", lambda *_: pytest.fail("was measured"))
     cases = [
         ((), "--json"),
         (("--json", str(tmp_path)), f"--json {re.escape(str(tmp_path))}"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import cycle, islice, repeat
 from typing import Any, cast
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 import train
 from common import distributed, rng
 from common.data.collate import Batch
+from common.data.loader import copied_ahead
 from common.ema import Ema
 from common.labels import SPECIAL_SYMBOLS, Dictionary
 from common.precision import LossScaler, MixedPrecisionOptimizer, to_half
@@ -144,7 +146,7 @@ def bare_run(kind: str, precision: str) -> Run:
 
 
 def pinned(run: Run, sizes: list[list[int]]) -> Batch:
-    """A batch as the loader hands it over."""
+    """A batch as the workers hand it over."""
     finetune = isinstance(run.task, FinetuneTask)
     made = batch(run.task.model.w2v if finetune else run.task.model, sizes)
     if finetune:
@@ -156,20 +158,38 @@ def pinned(run: Run, sizes: list[list[int]]) -> Batch:
 @pytest.mark.parametrize("kind", ["pretrain", "finetune"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_training_step_does_not_wait_for_the_device(kind, precision, monkeypatch):
-    """From the hand-over of the batches to the end of the update. torch's CTC waits, so another loss stands in."""
+    """From the copy of the batches to the end of the update. torch's CTC waits, so another loss stands in."""
     monkeypatch.setattr(criterion, "ctc_losses", lambda logits, *rest: -logits.float().log_softmax(-1)[..., 0].sum(1))
     run = bare_run(kind, precision)
     batches = [pinned(run, SIZES), pinned(run, [[6000, 6000]])]
     assert [made.padded for made in batches] == [True, False]
+    updates = copied_ahead(repeat(batches), run.device)
     # the first step allocates, chooses kernels and brings constants to the device
-    assert train.train_step(run, batches, 0)
+    assert train.train_step(run, next(updates), 0)
     before = [weight.clone() for weight in run.optimizer.master_weights().values()]
     with no_waiting():
         for step in (1, 2, 3, 4):
-            assert train.train_step(run, batches, step)
+            assert train.train_step(run, next(updates), step)
     after = run.optimizer.master_weights().values()
     assert not all(weight.equal(old) for weight, old in zip(after, before, strict=True))
     assert all(weight.isfinite().all() for weight in after)
+
+
+def test_what_is_copied_ahead_arrives_before_it_is_read_and_stays_until_then():
+    """Large copies, and a computation far behind the host: memory is given to later copies before it has been read."""
+
+    def numbered(number: int) -> list[Batch]:
+        audio_BS = torch.full((16, 2**20), float(number))
+        made = Batch(("0",) * 16, audio_BS, torch.full((16,), 2**20), False, (), audio_BS.numel(), (1,) * 16)
+        return [made.pin_memory()]
+
+    updates = copied_ahead(cycle([numbered(number) for number in range(1, 6)]), torch.device(DEVICE))
+    read = []
+    for (made,) in islice(updates, 20):
+        early = made.audio_BS.amax()
+        torch.cuda._sleep(20_000_000)  # cycles, about 10 ms
+        read.append(torch.stack([early, made.audio_BS.amin(), made.audio_BS.amax()]))
+    assert torch.stack(read).tolist() == [[1.0 + place % 5] * 3 for place in range(20)]
 
 
 # What tests/no_sync.py takes for granted about kernels that no CPU has.

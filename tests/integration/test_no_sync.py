@@ -229,8 +229,7 @@ PRETRAINING: dict[str, tuple[list[str], Holds, list[str]]] = {
     ),
     "frozen extractor": (["--feature_grad_mult", "0"], anything, []),
     "clipping and average": (["--clip_norm", "0.1", "--ema", "0.9", "--weight_decay", "0.1"], anything, []),
-    # only for comparisons with the original: lengths that no batch brings
-    "reference padding": (["--reference_padding", "--enable_padding", *TWO_BY_TWO], joined, ["lift_fresh"] * 2),
+    "reference padding": (["--reference_padding", "--enable_padding", *TWO_BY_TWO], joined, []),
     "Large": ([*LARGE, "--enable_padding"], padded, []),
     "bf16": (["--bf16", "--clip_norm", "0.1", "--enable_padding"], half, []),
     "bf16, all in fp32": (["--bf16", "--fp32_ops", *FP32_OPS], half, []),

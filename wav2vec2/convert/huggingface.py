@@ -13,13 +13,11 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from common import torch_file
-from common.errors import CheckpointError, one_line, shown
+from common.errors import CheckpointError, ConfigError, one_line, shown
 from wav2vec2.config import Config
 from wav2vec2.convert import huggingface_config, huggingface_labels
 from wav2vec2.convert.contents import (
@@ -42,9 +40,7 @@ _PROJECTION = "post_extract_proj."
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # the first one that is there counts, as in transformers
 _NAMED = re.compile(r"config\.json|(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 _MAX_JSON_BYTES = 16 * 2**20
-_SAFETENSORS_ERRORS = (
-    *(safetensors.SafetensorError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, MemoryError),
-)
+_DAMAGED = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, MemoryError)  # beside the library's own
 
 
 def folder_of(path: Path) -> Path | None:
@@ -122,6 +118,7 @@ def write(path: Path, contents: Contents) -> None:
 
 def _save(found: dict[str, Tensor], target: Path) -> None:
     """Write the weights. Raises OSError, which the library tells by its number only."""
+    safetensors = _library()
     try:
         safetensors.torch.save_file(found, target, metadata={"format": "pt"})
     except safetensors.SafetensorError as error:
@@ -129,6 +126,17 @@ def _save(found: dict[str, Tensor], target: Path) -> None:
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(target)) from error
+
+
+def _library() -> Any:
+    """safetensors, imported where a file is read or written: training needs none."""
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ConfigError(
+            f"safetensors is not installed ({error}); install it with: pip install -r requirements.txt"
+        ) from error
+    return safetensors
 
 
 def _refuse(contents: Contents) -> None:
@@ -252,6 +260,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     """Copies: the library's tensors are views of the file, which may change or go."""
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file; complete the folder")
+    safetensors = _library()
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - it is no table
@@ -259,7 +268,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path}: cannot be read ({error.strerror or error}); check path and permissions"
         ) from None
-    except _SAFETENSORS_ERRORS as error:
+    except (safetensors.SafetensorError, *_DAMAGED) as error:
         raise torch_file.damaged(path, one_line(error, 100)) from error
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import soundfile
 import torch
 
 from common.data.audio import normalize as normalized
+from common.data.collate import Batch
 from common.data.loader import train_loader, valid_loader
 from common.data.manifest import read_manifest
 from common.data.masking import SpanMasking
@@ -328,6 +330,95 @@ def test_an_error_in_a_worker_arrives_as_it_is(tmp_path, workers):
     loader.close()
     with pytest.raises(DataError, match=r"train.tsv:3"):
         list(validation(tmp_path, num_workers=workers))
+
+
+class FakeStream:
+    """A stream of a GPU: how much work it was given, and how much of another's comes before what it is given next."""
+
+    def __init__(self):
+        self.given, self.behind = 0, {}
+
+    def wait_stream(self, other):
+        self.behind[other] = other.given
+
+
+class FakeGpu:
+    """A device whose copies are only noted: batch, place on the copying stream, work that was computed before."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, monkeypatch):
+        self.compute, self.side, self.copies = FakeStream(), FakeStream(), []
+        self._current = [self.compute]
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: self.side)
+        monkeypatch.setattr(torch.cuda, "stream", self._on)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self._current[-1])
+        monkeypatch.setattr(Batch, "to", lambda batch, device: self._copy(batch, device))
+
+    @contextmanager
+    def _on(self, stream):
+        self._current.append(stream)
+        yield
+        self._current.pop()
+
+    def _copy(self, batch, device):
+        assert (device, self._current[-1]) == (self.device, self.side)
+        self.side.given += 1
+        self.copies.append((batch, self.side.given, self.side.behind[self.compute]))
+        return batch
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    return FakeGpu(monkeypatch)
+
+
+def test_a_gpu_computes_an_update_behind_its_copy_and_beside_the_next(corpus, gpu):
+    loader = training(corpus, update_freq=2)
+    for update in range(loader.updates_per_epoch + 2):
+        batches = loader.next_update(gpu.device)
+        handed_out, following = gpu.copies[2 * update : 2 * update + 2], gpu.copies[2 * update + 2 :]
+        assert [copy[0] for copy in handed_out] == batches
+        assert len(following) == 2
+        # what is computed next waits for its own copies and for no later ones
+        assert handed_out[-1][1] == gpu.compute.behind[gpu.side] < following[0][1]
+        # a copy may write where a batch lay that was let go: every computation on that comes before
+        assert [before for _, _, before in following] == [update] * 2
+        gpu.compute.given += 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_copying_ahead_changes_neither_the_batches_nor_the_position(corpus, gpu, workers):
+    plain, ahead = training(corpus), training(corpus, num_workers=workers)
+    for _ in range(plain.updates_per_epoch + 2):
+        expected, found = plain.next_update(), ahead.next_update(gpu.device)
+        assert same(expected, found)
+        assert plain.state_dict() == ahead.state_dict()
+        resumed = training(corpus)
+        resumed.load_state_dict(ahead.state_dict())
+        expected, found = resumed.next_update(gpu.device), ahead.next_update(gpu.device)
+        assert same(expected, found)
+        assert same(expected, plain.next_update())
+    ahead.load_state_dict(ahead.state_dict() | {"epoch": 1, "position": 0})  # what was copied ahead is forgotten
+    assert same(ahead.next_update(gpu.device), training(corpus).next_update())
+    ahead.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_ahead_is_raised_when_its_update_is_due(tmp_path, gpu, workers):
+    for name in "abdef":
+        soundfile.write(tmp_path / f"{name}.wav", np.zeros(1000), RATE)
+    (tmp_path / "train.tsv").write_text(".\n" + "".join(f"{name}.wav\t1000\n" for name in "abcdef"))
+    told = []
+    for device in (torch.device("cpu"), gpu.device):
+        loader = training(tmp_path, num_workers=workers, update_freq=1, max_tokens=1000)
+        handed_out = []
+        with pytest.raises(DataError, match=r"train.tsv:4") as caught:
+            handed_out.extend(iter(lambda loader=loader, device=device: loader.next_update(device)[0].ids, None))
+        told.append((handed_out, loader.state_dict(), str(caught.value)))
+        loader.close()
+    assert told[0] == told[1]
+    assert 2 <= len(told[0][0]) < 6
 
 
 def children():
