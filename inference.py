@@ -19,7 +19,8 @@ from common.entry import run_program
 from common.logger import RunLogger, progress, setup_console
 from wav2vec2 import latency, transcribe
 from wav2vec2.arg_parser import parse_inference
-from wav2vec2.config import InferenceConfig, PrecisionConfig
+from wav2vec2.config import PrecisionConfig
+from wav2vec2.inference_config import InferenceConfig
 from wav2vec2.latency import Stopwatch
 from wav2vec2.logging import INFERENCE_METRICS
 from wav2vec2.transcribe import Recognizer, Speech, Transcript

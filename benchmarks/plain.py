@@ -165,12 +165,12 @@ def last_layer(
     return x_BTD if wanted_R is None else x_BTD.flatten(0, 1).index_select(0, wanted_R)
 
 
-# ---- The optimizer --------------------------------------------------------------------------------------------------
+# ---- The optimizer, and the memory of the process -------------------------------------------------------------------
 
 
 @torch.no_grad()
-def adam_step(self: Adam, lr: float, frozen: Collection[str] = ()) -> None:
-    """The formula of `Adam`, parameter by parameter."""
+def adam_step(self: Adam, lr: float, frozen: Collection[str] = (), divisor: Tensor | None = None) -> None:
+    """The formula of `Adam`, parameter by parameter; first its gradient is unscaled and clipped."""
     for key, group in zip(self._keys, self._adamw.param_groups, strict=True):
         if key in frozen:
             continue
@@ -179,6 +179,8 @@ def adam_step(self: Adam, lr: float, frozen: Collection[str] = ()) -> None:
         rate = lr * math.sqrt(1 - beta2 ** self._steps[key]) / (1 - beta1 ** self._steps[key])
         for parameter in group["params"]:
             state, gradient = self._adamw.state[parameter], parameter.grad
+            if divisor is not None:
+                gradient.div_(divisor)
             state["exp_avg"].mul_(beta1).add_(gradient, alpha=1 - beta1)
             state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
             parameter.mul_(1 - lr * group["weight_decay"])
@@ -190,16 +192,14 @@ def norm_each(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [torch.linalg.vector_norm(tensor) for tensor in tensors]
 
 
-def multiply_each(tensors: Sequence[Tensor], factor: Tensor | float) -> None:
-    """In place of torch._foreach_mul_."""
-    for tensor in tensors:
-        tensor.mul_(factor)
-
-
 def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """In place of torch._foreach_copy_."""
     for target, source in zip(targets, sources, strict=True):
         target.copy_(source)
+
+
+def leave_allocator() -> None:
+    """In place of keep_freed_memory: glibc's defaults."""
 
 
 # ---- Putting them in place ------------------------------------------------------------------------------------------
@@ -217,12 +217,12 @@ FORMS: dict[str, dict[str, Any]] = {  # name -> what it stands in for
     "optimizer": {
         "common.optim.Adam.step": adam_step,
         "torch._foreach_norm": norm_each,
-        "torch._foreach_mul_": multiply_each,
         "torch._foreach_copy_": copy_each,
     },
+    "allocator": {"common.distributed.keep_freed_memory": leave_allocator},
 }
 TOGETHER = {("first_block", "conv_stack"): {"wav2vec2.model.FeatureExtractor.forward": extractor}}
-CPU_ONLY = ("attention", "dropout")  # on a GPU the toolkit's own form is this one
+CPU_ONLY = ("attention", "dropout", "allocator")  # on a GPU the toolkit's own form is this one
 ALL = "all"
 VARIANTS = (*FORMS, ALL)
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import ConfigError
+from common.host_memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ def session(device: str = "auto") -> Iterator[torch.device]:
     if place.type == "cuda":
         torch.cuda.set_device(place)
     set_threads(place)
+    if place.type == "cpu":
+        keep_freed_memory()
     grouped = _environment_number("WORLD_SIZE", 1) > 1
     if grouped:
         _join_group(place)

@@ -25,6 +25,12 @@ def parameter_groups(module: nn.Module, group_of: Callable[[str], str]) -> dict[
     return groups
 
 
+class _DividingAdamW(torch.optim.AdamW):
+    """AdamW whose kernel divides the gradients by `grad_scale`, which torch.amp.GradScaler sets in the same way."""
+
+    grad_scale: Tensor | None = None
+
+
 class Adam:
     """Adam with decoupled weight decay on every parameter.
 
@@ -47,7 +53,7 @@ class Adam:
         self._group_of = {name: key for key, group in groups.items() for name, _ in group}
         self._steps = dict.fromkeys(groups, 0)
         self._keys = [key for key, group in groups.items() if group]
-        self._adamw = torch.optim.AdamW(
+        self._adamw = _DividingAdamW(
             [{"params": [tensor for _, tensor in groups[key]]} for key in self._keys],
             lr=0.0,
             betas=betas,
@@ -63,13 +69,17 @@ class Adam:
                 "exp_avg_sq": torch.zeros_like(tensor),
             }
 
-    def step(self, lr: float, frozen: Collection[str] = ()) -> None:
-        """One update; groups in `frozen` must have no gradients and keep weights, moments and step count."""
+    def step(self, lr: float, frozen: Collection[str] = (), divisor: Tensor | None = None) -> None:
+        """One update; groups in `frozen` must have no gradients and keep weights, moments and step count.
+
+        `divisor`: a float32 number on the device, by which the kernel divides all gradients (clipping, loss scale).
+        """
         for key, group in zip(self._keys, self._adamw.param_groups, strict=True):
             group["lr"] = lr
             if key not in frozen:
                 self._steps[key] += 1
                 group["eps"] = self._eps / math.sqrt(1 - self._beta2 ** self._steps[key])
+        self._adamw.grad_scale = divisor
         self._adamw.step()
 
     def state_dict(self) -> dict[str, dict[str, Any]]:

@@ -183,6 +183,7 @@ class MixedPrecisionOptimizer:
         )
         self._frozen: frozenset[str] = frozenset()
         self._norm: Tensor | None = None
+        self._divisor: Tensor | None = None  # what the update divides the gradients by
 
     @property
     def loss_scale(self) -> float:
@@ -207,22 +208,21 @@ class MixedPrecisionOptimizer:
 
     @torch.no_grad()
     def clip_grad_norm(self, max_norm: float) -> Tensor:
-        """Unscale the gradients and shrink them to a total norm of at most `max_norm` (0: leave their size).
+        """Let step() unscale the gradients and shrink them to a total norm of at most `max_norm` (0: leave their size).
 
-        The coefficient is min(1, max_norm / (norm + 1e-6)). To be called once per update, before step().
+        The coefficient is min(1, max_norm / (norm + 1e-6)). To be called once per update, before step(), whose kernel
+        divides by it: no pass over the gradients of its own.
 
         Returns:
             The L2 norm of all unscaled gradients before clipping, () on the device.
         """
-        gradients = self._collect_gradients()
-        # Norm and coefficient are those of the scaled gradients, so one pass unscales and clips.
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) / self.loss_scale
+        norms = torch.stack(torch._foreach_norm(self._collect_gradients()))
+        self._norm = torch.linalg.vector_norm(norms) / self.loss_scale
         if max_norm > 0:
-            torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0) / self.loss_scale)
+            self._divisor = ((self._norm + 1e-6) / max_norm).clamp(min=1.0).float() * self.loss_scale
         elif self.scaler:
-            torch._foreach_mul_(gradients, 1.0 / self.loss_scale)
-        self._norm = norm
-        return norm
+            self._divisor = torch.full_like(self._norm, self.loss_scale, dtype=torch.float32)
+        return self._norm
 
     @torch.no_grad()
     def step(self, lr: float) -> bool:
@@ -239,7 +239,7 @@ class MixedPrecisionOptimizer:
         for key, group in self._groups.items():
             for weight in group:
                 weight.master.grad = None if key in self._frozen else weight.gradient
-        self._adam.step(lr, self._frozen)
+        self._adam.step(lr, self._frozen, self._divisor)
         self._round_into_model(self._active())
         self.zero_grad()
         return True
@@ -249,7 +249,7 @@ class MixedPrecisionOptimizer:
         for weight in self._all():
             weight.parameter.grad = None
             weight.master.grad = None
-        self._norm = None
+        self._norm = self._divisor = None
 
     def master_weights(self) -> dict[str, Tensor]:
         """Parameter name -> weight in full precision (shared with the optimizer, not copied)."""

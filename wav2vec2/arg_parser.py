@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from common import flags
-from wav2vec2.config import TRAIN_SECTIONS, Config, InferenceConfig
+from wav2vec2.config import TRAIN_SECTIONS, Config
 from wav2vec2.config_checks import check_inference_config, check_train_config
+from wav2vec2.inference_config import InferenceConfig
 
 TITLES = {
     "model": "model",

@@ -92,7 +92,7 @@ def _probabilities(q_hTd: Tensor, k_hTd: Tensor, keys_11T: Tensor | None) -> Ten
     similarity_hTT = (q_hTd / math.sqrt(q_hTd.shape[-1])) @ k_hTd.transpose(1, 2)
     if keys_11T is not None:
         similarity_hTT.masked_fill_(~keys_11T, -torch.inf)
-    return torch.softmax(similarity_hTT, -1)
+    return torch.softmax(similarity_hTT, -1, dtype=q_hTd.dtype)
 
 
 def _tiles(rows: int, heads: int, frames: int) -> Iterator[tuple[int, slice]]:

@@ -48,6 +48,7 @@ def build_run(config: Config, device: torch.device, command: list[str]) -> Run:
     start = find_start(config)
     config, dictionary = start.config, start.dictionary
     model = build_model(config, dictionary)
+    trunk(model).encoder.checkpoint_activations = config.run.checkpoint_activations
     start.fill(model)
     _freeze_idle(model, config)
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
@@ -56,6 +57,8 @@ def build_run(config: Config, device: torch.device, command: list[str]) -> Run:
     if o2:
         to_half(model, HALF[config.precision.name], fp32_modules(model, config.precision.kept_in_fp32()))
     task = build_task(config, model).to(device)
+    if config.run.compile:
+        _compile_regions(task, cuda_graphs=config.run.cuda_graphs)
     engine = distributed.wrap(task, device, bucket_cap_mb=config.run.bucket_cap_mb)
     optimizer = build_optimizer(config, model)
     if o2:
@@ -107,16 +110,21 @@ def build_model(config: Config, dictionary: Dictionary | None) -> Wav2Vec2Model 
     )
 
 
+def trunk(model: Wav2Vec2Model | Wav2Vec2Ctc) -> Wav2Vec2Model:
+    """The model without its output layer."""
+    return model.w2v if isinstance(model, Wav2Vec2Ctc) else model
+
+
 def fp32_modules(model: Wav2Vec2Model | Wav2Vec2Ctc, ops: tuple[str, ...]) -> list[nn.Module]:
     """The modules whose weights stay in fp32 under O2, and which therefore compute in it."""
-    trunk = model.w2v if isinstance(model, Wav2Vec2Ctc) else model
+    extractor, encoder = trunk(model).feature_extractor, trunk(model).encoder
     found: list[nn.Module] = []
     if "conv_norms" in ops:
-        found += [m for m in trunk.feature_extractor.modules() if isinstance(m, (ChannelNorm, LayerNorm))]
+        found += [m for m in extractor.modules() if isinstance(m, (ChannelNorm, LayerNorm))]
     if "pos_conv" in ops:
-        found.append(trunk.encoder.pos_conv)
+        found.append(encoder.pos_conv)
     if "transformer_layernorm" in ops:
-        found += [m for m in trunk.encoder.modules() if isinstance(m, LayerNorm)]
+        found += [m for m in encoder.modules() if isinstance(m, LayerNorm)]
     return found
 
 
@@ -160,6 +168,23 @@ def build_task(config: Config, model: Wav2Vec2Model | Wav2Vec2Ctc) -> PretrainTa
         fp32_cosine=config.precision.name == "fp32" or "cosine_sim" in config.precision.kept_in_fp32(),
         amp_dtype=amp_dtype,
     )
+
+
+def _compile_regions(task: PretrainTask | FinetuneTask, *, cuda_graphs: bool) -> None:
+    """Compile what is called over and over: conv blocks, transformer layers, the contrastive logits.
+
+    The parts keep their names and weights. All layers share their compiled code; a second length makes it one for any
+    length, so that there are two compilations of each part, not one for each length. CUDA graphs need equal shapes.
+    """
+    extractor, encoder = trunk(task.model).feature_extractor, trunk(task.model).encoder
+    options: dict[str, Any] = {"mode": "reduce-overhead", "dynamic": False} if cuda_graphs else {}
+    layers = [*encoder.layers, *(getattr(encoder, "hourglass_layers", [])), *(getattr(encoder, "post_layers", []))]
+    for part in [*extractor.blocks[1:], *layers]:
+        part.compile(**options)
+    if isinstance(task, PretrainTask):
+        task.contrastive_logits = torch.compile(task.contrastive_logits, **options)
+    if cuda_graphs:  # results of the pass before may be written over
+        task.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
 
 
 def build_optimizer(config: Config, model: nn.Module) -> MixedPrecisionOptimizer:

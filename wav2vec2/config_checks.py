@@ -9,7 +9,8 @@ from pathlib import Path
 
 from common.errors import ConfigError
 from common.schedules import make_schedule
-from wav2vec2.config import FP32_OPS, Config, InferenceConfig, ModelConfig, PrecisionConfig
+from wav2vec2.config import FP32_OPS, Config, ModelConfig, PrecisionConfig
+from wav2vec2.inference_config import InferenceConfig
 
 _ARCHITECTURE = tuple(ModelConfig.__dataclass_fields__)
 
@@ -21,6 +22,7 @@ def check_train_config(config: Config, explicit: Collection[str]) -> None:
     _check_masks(config)
     _check_objective(config, explicit)
     _check_paths(config)
+    _check_speed(config)
     _check_effects(config, explicit)
     check_model(config)
 
@@ -41,6 +43,16 @@ def _check_precision(precision: PrecisionConfig, explicit: Collection[str]) -> N
     for name in ("fp16_init_scale", "fp16_scale_window", "min_loss_scale"):
         if name in explicit and not precision.fp16:
             raise ConfigError(f"--{name}: has an effect only with --fp16; drop it")
+
+
+def _check_speed(config: Config) -> None:
+    run = config.run
+    if run.cuda_graphs and not run.compile:
+        raise ConfigError("--cuda_graphs: needs --compile beside it")
+    if run.cuda_graphs and run.device == "cpu":
+        raise ConfigError("--cuda_graphs: needs a GPU; drop it with --device cpu")
+    if run.cuda_graphs and config.dropout.encoder_layerdrop:
+        raise ConfigError("--cuda_graphs: every choice of LayerDrop would be a graph; set --encoder_layerdrop 0")
 
 
 def _check_optimizer(config: Config) -> None:

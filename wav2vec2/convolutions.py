@@ -45,38 +45,33 @@ def normed_first_conv(
     A channel's output is w . x(t) for the window x(t) of k samples, so over the frames of a row its mean is w . m and
     its variance w' S w, with mean m and covariance S of the row's windows: 10 + 100 numbers. The norm is then a
     filter and a shift per row and channel, and the convolution's output, the largest activation of the model, need not
-    exist. Statistics are in float64: the samples of a window are almost equal, and w' S w cancels.
+    exist. Statistics are in float64, because the samples of a window are almost equal and w' S w cancels; and a row is
+    brought to mean 0, which the norm does not see and which spares the products of float32 digits.
     """
-    kernel = weight_C1k.shape[-1]
+    dtype, result = torch.promote_types(weight_C1k.dtype, torch.float32), working_dtype(weight_C1k)
     with torch.autocast(audio_BS.device.type, enabled=False):
-        mean_Bk, covariance_Bkk = _window_statistics(audio_BS, kernel, stride, lengths_B)
+        audio_BS = audio_BS.double() - audio_BS.double().mean(1, keepdim=True)
+        mean_Bk, covariance_Bkk = _window_statistics(audio_BS, weight_C1k.shape[-1], stride, lengths_B)
         weight_kC = weight_C1k[:, 0].double().t()
-        offset_BC = mean_Bk @ weight_kC
-        if conv_bias_C is not None:
-            offset_BC = offset_BC + conv_bias_C.double()
+        bias_C = conv_bias_C.double() if conv_bias_C is not None else 0.0
         variance_BC = (weight_kC * (covariance_Bkk @ weight_kC)).sum(1)
         scale_BC = gain_C.double() * torch.rsqrt(variance_BC + eps)
-        shift_BC = shift_C.double() - scale_BC * offset_BC
-        if conv_bias_C is not None:
-            shift_BC = shift_BC + scale_BC * conv_bias_C.double()
-        dtype = torch.promote_types(weight_C1k.dtype, torch.float32)
+        offset_BC = mean_Bk @ weight_kC + bias_C
+        shift_BC = shift_C.double() + scale_BC * (bias_C - offset_BC)
         filters_BkC = (weight_kC * scale_BC[:, None]).to(dtype)
-        return _GeluOfWindows.apply(
-            audio_BS.to(dtype), filters_BkC, shift_BC.to(dtype), stride, rows, working_dtype(weight_C1k)
-        )
+        return _GeluOfWindows.apply(audio_BS.to(dtype), filters_BkC, shift_BC.to(dtype), stride, rows, result)
 
 
 def _window_statistics(audio_BS: Tensor, kernel: int, stride: int, lengths_B: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean [B, k] and covariance [B, k, k] of the windows of every row, in float64."""
-    windows_BTk = audio_BS.double().unfold(1, kernel, stride)
-    if lengths_B is None:
-        mean_B1k = windows_BTk.mean(1, keepdim=True)
-        centred_BTk, count_B11 = windows_BTk - mean_B1k, windows_BTk.shape[1]
-    else:
-        valid_BT1, count_B11 = valid_positions(lengths_B, windows_BTk.shape[1])[..., None], lengths_B[:, None, None]
-        mean_B1k = (windows_BTk * valid_BT1).sum(1, keepdim=True) / count_B11
-        centred_BTk = (windows_BTk - mean_B1k) * valid_BT1
-    return mean_B1k[:, 0], centred_BTk.transpose(1, 2) @ centred_BTk / count_B11
+    """Mean [B, k] and covariance [B, k, k] of the windows of every row."""
+    windows_BTk = audio_BS.unfold(1, kernel, stride)
+    count_B11 = torch.full((1, 1, 1), windows_BTk.shape[1], device=audio_BS.device)
+    if lengths_B is not None:
+        windows_BTk = windows_BTk * valid_positions(lengths_B, windows_BTk.shape[1])[..., None]
+        count_B11 = lengths_B[:, None, None]
+    mean_B1k = windows_BTk.sum(1, keepdim=True) / count_B11
+    squares_Bkk = windows_BTk.transpose(1, 2) @ windows_BTk / count_B11
+    return mean_B1k[:, 0], squares_Bkk - mean_B1k.transpose(1, 2) @ mean_B1k
 
 
 class _GeluOfWindows(torch.autograd.Function):
@@ -179,15 +174,19 @@ class _StridedConv(torch.autograd.Function):
         h_RI = F.gelu(x_RI) if ctx.gelu else x_RI
         dy_RO = gradients[0]
         d_taps_kIO = torch.empty_like(taps_kIO)
-        dh_RI = torch.zeros_like(h_RI) if len(taps_kIO) < ctx.stride else torch.empty_like(h_RI)
-        for index, ((rows, taps), (d_rows, d_taps)) in enumerate(
-            zip(_products(h_RI, taps_kIO, ctx.stride), _products(dh_RI, d_taps_kIO, ctx.stride), strict=True)
+        for (rows, _), (_, d_taps) in zip(
+            _products(h_RI, taps_kIO, ctx.stride), _products(h_RI, d_taps_kIO, ctx.stride), strict=True
         ):
-            dy = dy_RO[: len(rows)]
-            torch.mm(rows.t(), dy, out=d_taps)
-            torch.addmm(d_rows, dy, taps.t(), beta=min(index, 1), out=d_rows)  # the first one finds nothing there
+            d_taps.addmm_(rows.t(), dy_RO[: len(rows)], beta=0)
+        d_weight, d_bias = d_taps_kIO.permute(2, 1, 0), dy_RO.sum(0) if ctx.has_bias else None
+        if not ctx.needs_input_grad[0]:
+            return None, d_weight, d_bias, None, None
+        del h_RI
+        dh_RI = torch.zeros_like(x_RI) if len(taps_kIO) < ctx.stride else torch.empty_like(x_RI)
+        for index, (d_rows, taps) in enumerate(_products(dh_RI, taps_kIO, ctx.stride)):
+            d_rows.addmm_(dy_RO[: len(d_rows)], taps.t(), beta=min(index, 1))  # the first one finds nothing there
         dx_RI = torch.ops.aten.gelu_backward.grad_input(dh_RI, x_RI, grad_input=dh_RI) if ctx.gelu else dh_RI
-        return dx_RI, d_taps_kIO.permute(2, 1, 0), dy_RO.sum(0) if ctx.has_bias else None, None, None
+        return dx_RI, d_weight, d_bias, None, None
 
 
 def _products(h_RI: Tensor, taps_kIO: Tensor, stride: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -214,9 +213,10 @@ class PositionalConv(nn.Module):
         self.folded: Spectrum | None = None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
-        x = grouped_conv(x_BTD.to(self.bias.dtype), self.folded or self.spectrum(), self.kernel)
-        return F.gelu(x + self.bias).to(x_BTD.dtype)
+        """[B, T, D] -> [B, T, D], in the precision of the weights under autocast too: half costs the transforms digits."""
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            x = grouped_conv(x_BTD.to(self.bias.dtype), self.folded or self.spectrum(), self.kernel)
+            return F.gelu(x + self.bias).to(x_BTD.dtype)
 
     def spectrum(self) -> Spectrum:
         """What the convolution multiplies with."""
@@ -255,8 +255,8 @@ def grouped_conv(x_BTD: Tensor, spectrum: Spectrum, kernel: int) -> Tensor:
 
     Overlap-save: segments of N = 2k frames, each k - 1 frames into the next, go to F = k + 1 frequencies, where the
     convolution is a product of channels, and come back; the S = k + 1 results that did not wrap around are kept. That
-    is exact, and a sixth of the work for k = 128. The transforms are products with cosines and sines: at this size they cost
-    little, need no complex numbers, and matrix units can make them.
+    is exact, and a sixth of the work for k = 128. The transforms are products with cosines and sines: at this size they
+    cost little, need no complex numbers, and matrix units can make them.
     """
     B, T, D = x_BTD.shape
     forward_2FN, inverse_S2F = _fourier(kernel, x_BTD.dtype, x_BTD.device)
@@ -278,6 +278,11 @@ def grouped_conv(x_BTD: Tensor, spectrum: Spectrum, kernel: int) -> Tensor:
 @lru_cache
 def _fourier(kernel: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines [2F, N] that take a segment to its frequencies, and those [S, 2F] that bring S of it back."""
+    with torch.inference_mode(False):  # training may use them after inference
+        return _fourier_matrices(kernel, dtype, device)
+
+
+def _fourier_matrices(kernel: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     size = 2 * kernel
     frequency_F = torch.arange(kernel + 1, dtype=torch.float64)
     angle_FN = 2 * math.pi / size * frequency_F[:, None] * torch.arange(size)

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from wav2vec2.attention import SelfAttention
 from wav2vec2.config import DropoutConfig, ModelConfig
@@ -97,9 +98,8 @@ class FeatureExtractor(nn.Module):
         B, S = audio_BS.shape
         first_lengths_B = None if lengths_B is None else num_frames(lengths_B, self.conv_layers[:1])
         rows = row_pitch(num_frames(S, self.conv_layers[:1]), [stride for _, _, stride in self.conv_layers[1:]])
-        first, *others = self.blocks
-        x_RC, gelu = first.forward_audio(audio_BS, first_lengths_B, rows)
-        for block in others:
+        x_RC, gelu = cast(ConvBlock, self.blocks[0]).forward_audio(audio_BS, first_lengths_B, rows)
+        for block in self.blocks[1:]:
             x_RC, gelu = block(x_RC, gelu=gelu), True
         x_BTC = x_RC.unflatten(0, (B, -1))[:, : num_frames(S, self.conv_layers)]
         return F.gelu(x_BTC) if gelu else x_BTC
@@ -195,6 +195,7 @@ class TransformerEncoder(nn.Module):
         self.has_hourglass = hourglass is not None
         self.num_layers = before + middle + after
         self.kept = [True] * self.num_layers  # LayerDrop's draw of this update, set by the task
+        self.checkpoint_activations = False  # set where the run is built
         self.apply(_init_transformer)
 
     def forward(
@@ -255,8 +256,12 @@ class TransformerEncoder(nn.Module):
                 break
             if self.training and not self.kept[index]:
                 x = touch(x, layer)
+                continue
+            arguments = x, keys_B11T, wanted_R if index == self.num_layers - 1 else None
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(layer, *arguments, use_reentrant=False)
             else:
-                x = layer(x, keys_B11T, wanted_R if index == self.num_layers - 1 else None)
+                x = layer(*arguments)
         return x
 
 

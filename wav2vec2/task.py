@@ -106,6 +106,7 @@ class PretrainTask(nn.Module):
         self.reference_padding = reference_padding
         self.fp32_cosine = fp32_cosine
         self.amp_dtype = amp_dtype
+        self.contrastive_logits = criterion.contrastive_logits  # or that, compiled
         self.step = 0
 
     @property
@@ -259,7 +260,7 @@ class PretrainTask(nn.Module):
             vectors = self.model.project_q(quantizer.look_up(codes.flatten(0, 2)))
             vectors_bMnF = vectors.to(candidates.dtype).view(*codes.shape[:3], width)
             codebook = vectors_bMnF, quantizer.joint_codes(codes)
-        return criterion.contrastive_logits(
+        return self.contrastive_logits(
             outputs.predictions_RF[place.masked].view(rows, -1, width),
             candidates_bPF.gather(1, own_bM[..., None].expand(-1, -1, width)),
             ids_bP.gather(1, own_bM),

@@ -57,7 +57,7 @@ def test_memory_is_that_of_the_same_step(monkeypatch, tmp_path):
     given = [*TINY, "--precision", "bf16", "--factors", "3", "--json", str(tmp_path / "out.json")]
     with pytest.raises(pytest.fail.Exception, match="stop"):
         hourglass.main(given)
-    taken = [step.parse([*argv, "--json", "-"])[0] for argv, _ in asked]
+    taken = [step.parse([*argv, "--json", "-"]) for argv, _ in asked]
     assert [options.hourglass_transformer for options in taken] == ["", "[0,(2,3),0]"]
     assert {side for _, side in asked} == {"ours"}
     for options in taken:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from pkgutil import resolve_name
 from typing import Any
 
@@ -14,7 +15,7 @@ from tiny_model import HOURGLASS, LARGE, MODEL, batch
 
 from benchmarks import plain, step
 from benchmarks.our_step import OurStep
-from benchmarks.plain import ALL, CPU_ONLY, FORMS, TOGETHER, VARIANTS, plain_forms
+from benchmarks.plain import ALL, CPU_ONLY, FORMS, TOGETHER, VARIANTS, plain_forms, plain_program
 from benchmarks.workload import Workload, make_recipe
 from common.errors import ConfigError
 from common.optim import parameter_groups
@@ -24,6 +25,7 @@ from wav2vec2.model import Wav2Vec2Model
 from wav2vec2.task import PretrainTask
 
 CPU = torch.device("cpu")
+OUTSIDE = ("optimizer", "allocator")  # of the forward and the backward pass
 # Dropout that runs its own code, and drops nothing: a mask of 16 bits rounds the share to 0.
 NEVER = 1e-12
 ARCHITECTURES = {
@@ -63,12 +65,14 @@ def make_task(config: ModelConfig, **objective: Any) -> PretrainTask:
     return task.train()
 
 
-def measure(names: tuple[str, ...], task: PretrainTask, made: Any, monkeypatch: Any) -> dict[str, torch.Tensor]:
-    """Loss, statistics and gradients; every form that is in place must have been called."""
+def measure(names: tuple[str, ...], make: Callable[[], PretrainTask], sizes: str, monkeypatch: Any) -> dict[str, Any]:
+    """Loss, statistics and gradients of a new task; every form that is in place must have been called."""
     called = spy(monkeypatch)
     with plain_forms(names, "cpu"):
+        task = make()
+        made = batch(task.model, SIZES[sizes])
+        made = replace(made, audio_BS=made.audio_BS.double() + 0.05)
         loss, stats = task(made, torch.tensor(float(made.num_masked)))
-        task.zero_grad()
         loss.backward()
     monkeypatch.undo()
     assert called == expected_calls(names)
@@ -81,7 +85,7 @@ def expected_calls(names: tuple[str, ...]) -> set[Any]:
         return {form for name in names for form in FORMS[name].values()}
     every = {form for forms in [*FORMS.values(), *TOGETHER.values()] for form in forms.values()}
     replaced = {plain.first_block, plain.conv_stack, plain.keep_mask}  # by `extractor` and `attention`
-    return every - replaced - set(FORMS["optimizer"].values())
+    return every - replaced - {form for name in OUTSIDE for form in FORMS[name].values()}
 
 
 def spy(monkeypatch: Any) -> set[Any]:
@@ -114,14 +118,12 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "optimizer"])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in OUTSIDE])
 def test_a_plain_form_gives_the_same_loss_statistics_and_gradients(name, architecture, sizes, monkeypatch):
-    task = make_task(ARCHITECTURES[architecture])
-    made = batch(task.model, SIZES[sizes])
-    made = replace(made, audio_BS=made.audio_BS.double() + 0.05)
-    expected = measure((), task, made, monkeypatch)
+    make = partial(make_task, ARCHITECTURES[architecture])
+    expected = measure((), make, sizes, monkeypatch)
     assert len(expected) > 40
-    assert_same(measure((name,), task, made, monkeypatch), expected)
+    assert_same(measure((name,), make, sizes, monkeypatch), expected)
 
 
 @pytest.mark.parametrize("codes", [2, 10])
@@ -131,13 +133,14 @@ def test_a_plain_form_gives_the_same_loss_statistics_and_gradients(name, archite
 )
 def test_plain_negatives_are_the_same_for_every_kind_of_them(negatives, quantize, codes, monkeypatch):
     """With 2 x 2 codes most negatives equal the positive."""
-    task = make_task(replace(MODEL, latent_vars=codes, quantize_targets=quantize), **NEGATIVES[negatives])
+    make = partial(make_task, replace(MODEL, latent_vars=codes, quantize_targets=quantize), **NEGATIVES[negatives])
+    expected = measure((), make, "padded", monkeypatch)
+    assert_same(measure(("contrastive",), make, "padded", monkeypatch), expected)
+    if quantize:
+        assert_same(measure(("quantizer",), make, "padded", monkeypatch), expected)
+    task = make()
     made = batch(task.model, SIZES["padded"])
     made = replace(made, audio_BS=made.audio_BS.double())
-    expected = measure((), task, made, monkeypatch)
-    assert_same(measure(("contrastive",), task, made, monkeypatch), expected)
-    if quantize:
-        assert_same(measure(("quantizer",), task, made, monkeypatch), expected)
     logits = task.losses(made, *task._draw(made))[2][0].logits_bMN
     assert logits.isinf().any() == quantize
 
@@ -145,11 +148,12 @@ def test_plain_negatives_are_the_same_for_every_kind_of_them(negatives, quantize
 @pytest.mark.parametrize("kept", [[True, False], [False, True], [False, False]])
 @pytest.mark.parametrize("config", [MODEL, LARGE], ids=["base", "large"])
 def test_the_last_layer_may_be_dropped(config, kept, monkeypatch):
-    task = make_task(config)
-    task.model.encoder.kept = kept
-    made = batch(task.model, SIZES["padded"])
-    made = replace(made, audio_BS=made.audio_BS.double())
-    assert_same(measure(("last_layer",), task, made, monkeypatch), measure((), task, made, monkeypatch))
+    def make() -> PretrainTask:
+        task = make_task(config)
+        task.model.encoder.kept = kept
+        return task
+
+    assert_same(measure(("last_layer",), make, "padded", monkeypatch), measure((), make, "padded", monkeypatch))
 
 
 def train_by(names: tuple[str, ...], dtype: torch.dtype, clip: float) -> dict[str, torch.Tensor]:
@@ -182,9 +186,7 @@ def test_the_plain_optimizer_gives_the_same_weights_and_state(dtype, clip, toler
     expected = train_by((), dtype, clip)
     called = spy(monkeypatch)
     found = train_by(("optimizer",), dtype, clip)
-    unused = {plain.multiply_each} if not clip else set()
-    if dtype in (torch.float64, torch.float32):
-        unused.add(plain.copy_each)
+    unused = {plain.copy_each} if dtype in (torch.float64, torch.float32) else set()
     assert called == set(FORMS["optimizer"].values()) - unused
     assert expected.keys() == found.keys()
     for name, value in expected.items():
@@ -216,6 +218,16 @@ def test_a_variant_is_the_same_training_as_ours():
     expected = losses(())
     assert len(set(expected)) == 4
     assert losses((ALL,)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_allocator_is_left_as_it_is(monkeypatch):
+    called = []
+    monkeypatch.setattr("common.distributed.keep_freed_memory", lambda: called.append(True))
+    workload = Workload(make_recipe("tiny"), CPU, rows=1, samples=16000)
+    with plain_program(workload, ("allocator",)):
+        assert called == []
+    with plain_program(workload, ("dropout",)):
+        assert called == [True]
 
 
 def test_names_are_refused_in_one_line():

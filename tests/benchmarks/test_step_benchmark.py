@@ -228,11 +228,11 @@ def check_ratios(ours: dict, other: dict, told: dict, ratios: list[float]) -> No
 def test_against_hugging_face(tmp_path):
     pytest.importorskip("transformers")
     out = tmp_path / "new" / "result.json"
-    step.main([*TINY, "--against", "huggingface", "--plain", "contrastive", "all", "--json", str(out)])
+    step.main([*TINY, "--against", "huggingface", "--plain", "all", "--json", str(out)])
     result = json.loads(out.read_text())
     check(result)
     check_peer(result)
-    check_variants(result, ["contrastive", "all"])
+    check_variants(result, ["all"])
     assert result["peer"]["name"] == "huggingface"
     assert result["peer"]["parameters"] == result["ours"]["parameters"]
     assert list(out.parent.iterdir()) == [out]

@@ -88,7 +88,8 @@ def test_master_weights_follow_float64_in_every_precision(dtype, max_norm):
     assert optimizer.loss_scale == (512 if dtype == torch.float16 else 1)
     for key, tensor in tensors.items():
         assert masters[key].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        tolerance = 1e-12 if dtype == torch.float64 else 2e-6
+        exact = dtype == torch.float64 and not max_norm  # the factor of clipping is a float32 number
+        tolerance = 1e-12 if exact else 2e-6
         torch.testing.assert_close(masters[key].double(), expected[key], rtol=tolerance, atol=tolerance)
         assert tensor.dtype == dtype
         assert torch.equal(tensor.detach(), masters[key].to(dtype))

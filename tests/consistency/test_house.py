@@ -12,11 +12,13 @@ import pytest
 from conftest import ROOT
 
 from common import flags
-from wav2vec2.config import TRAIN_SECTIONS, InferenceConfig
+from wav2vec2.config import TRAIN_SECTIONS
+from wav2vec2.inference_config import InferenceConfig
 from wav2vec2.logging import INFERENCE_METRICS, METRICS
 
-LEAVES = ("errors", "entry", "flags", "rng", "schedules", "distributed", "labels")
+LEAVES = ("errors", "entry", "flags", "rng", "schedules", "host_memory", "distributed", "labels")
 SERVICES = ("metrics", "logger", "checkpoint", "torch_file", "pickle_check", "precision", "optim", "ema", "data")
+BLOCKS = ("config", "inference_config", "norms", "dropout", "gradients", "attention", "convolutions")
 ASSEMBLY = (
     *("arg_parser", "build", "config_checks", "decoding", "evaluate"),
     *("latency", "logging", "run", "start", "transcribe", "convert"),
@@ -24,7 +26,7 @@ ASSEMBLY = (
 LAYERS = [  # from the bottom; an import points down or sideways
     {f"common.{name}" for name in LEAVES},
     {f"common.{name}" for name in SERVICES},
-    {"wav2vec2.config", "wav2vec2.attention", "wav2vec2.norms"},
+    {f"wav2vec2.{name}" for name in BLOCKS},
     {"wav2vec2.model"},
     {"wav2vec2.criterion"},
     {"wav2vec2.task"},

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from wav2vec2.arg_parser import parse_inference, parse_train
-from wav2vec2.config import InferenceConfig, ModelConfig
+from wav2vec2.config import ModelConfig
+from wav2vec2.inference_config import InferenceConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"

@@ -15,14 +15,12 @@ from wav2vec2.config import ModelConfig
 from wav2vec2.model import (
     Downsample,
     GumbelQuantizer,
-    PositionalConv,
     ScaleGradient,
     Upsample,
     Wav2Vec2Ctc,
     Wav2Vec2Model,
     num_frames,
 )
-from wav2vec2.norms import ChannelNorm
 
 PUBLISHED = ModelConfig().conv_layers()
 VARIANTS = {
@@ -67,56 +65,6 @@ def test_a_row_gives_the_same_alone_as_in_a_padded_batch(name, lengths):
         alone = model(audio[row : row + 1, :size])
         frames = alone.x.shape[1]
         torch.testing.assert_close(batched.x[row, :frames], alone.x[0], atol=1e-9, rtol=1e-9)
-
-
-def test_channel_norm_over_all_frames_is_torchs_group_norm():
-    norm = ChannelNorm(6, 6)
-    torch.nn.init.normal_(norm.weight)
-    x = torch.randn(3, 6, 17) * 3 + 5
-    torch.testing.assert_close(norm(x, torch.full((3,), 17)), F.group_norm(x, 6, norm.weight, norm.bias))
-
-
-def test_masked_channel_norm_has_the_gradient_of_the_row_alone():
-    norm = ChannelNorm(4, 4).double()
-    x = torch.randn(2, 4, 9, dtype=torch.float64, requires_grad=True)
-    norm(x, torch.tensor([9, 5]))[1, :, :5].square().mean().backward()
-    y = x.detach()[1:, :, :5].requires_grad_()
-    norm(y).square().mean().backward()
-    torch.testing.assert_close(x.grad[1:, :, :5], y.grad)
-
-
-def test_masked_channel_norm_has_the_gradient_of_its_formula():
-    norm = ChannelNorm(3, 3).double()
-    torch.nn.init.normal_(norm.weight)
-    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
-    lengths = torch.tensor([6, 4])
-
-    def function(x, weight, bias):
-        return torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (x, lengths))
-
-    assert torch.autograd.gradcheck(function, (x, norm.weight, norm.bias))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_masked_channel_norm_in_half_precision_does_not_overflow(dtype):
-    norm = ChannelNorm(2, 2).to(dtype)
-    x = (torch.randn(2, 2, 50000) * 30 + 20).to(dtype)
-    expected = F.group_norm(x.float(), 2)
-    found = norm(x, torch.tensor([50000, 50000]))
-    assert found.dtype == dtype
-    assert (found.float() - expected).abs().max() < 0.05
-
-
-def test_positional_conv_equals_torchs_weight_norm():
-    ours = PositionalConv(8, 6, 2)
-    conv = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv1d(8, 8, 6, padding=3, groups=2), dim=2)
-    torch.nn.init.uniform_(ours.weight_g, 0.5, 2)
-    torch.nn.init.normal_(ours.bias)
-    conv.parametrizations.weight.original0.data = ours.weight_g.data
-    conv.parametrizations.weight.original1.data = ours.weight_v.data
-    conv.bias.data = ours.bias.data
-    x = torch.randn(2, 11, 8)
-    torch.testing.assert_close(ours(x), F.gelu(conv(x.transpose(1, 2))[..., :-1]).transpose(1, 2))
 
 
 @pytest.mark.parametrize("factor", [1, 2, 5])
