@@ -213,7 +213,7 @@ class PositionalConv(nn.Module):
         self.folded: Spectrum | None = None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D], in the precision of the weights under autocast too: half costs the transforms digits."""
+        """[B, T, D] -> [B, T, D], in the precision of the weights: half would cost the transforms digits."""
         with torch.autocast(x_BTD.device.type, enabled=False):
             x = grouped_conv(x_BTD.to(self.bias.dtype), self.folded or self.spectrum(), self.kernel)
             return F.gelu(x + self.bias).to(x_BTD.dtype)

@@ -69,7 +69,7 @@ def test_checkpointed_activations_keep_less_for_backward(data, tmp_path):
             loss.backward()
         return sum(sizes.values())
 
-    deep = ("--encoder_layers", "6")
+    deep = ("--hourglass_transformer", "[4,(1,2),4]")
     plain = kept(build(data, tmp_path / "a", *deep))
     assert kept(build(data, tmp_path / "b", *deep, "--checkpoint_activations")) < 0.6 * plain
 
@@ -81,14 +81,16 @@ def test_compiled_parts_give_the_same_run_with_few_compilations(data, tmp_path, 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     plain_losses, plain = updates(build(data, tmp_path / "a", *NO_DROPOUT), 6)
     torch._dynamo.utils.counters.clear()
-    compiled_losses, compiled = updates(build(data, tmp_path / "b", *NO_DROPOUT, "--compile"), 6)
+    run = build(data, tmp_path / "b", *NO_DROPOUT, "--compile")
+    compiled_losses, compiled = updates(run, 6)
     assert compiled_losses == pytest.approx(plain_losses, rel=1e-4)
     for name, weight in plain.items():
         torch.testing.assert_close(compiled[name], weight, atol=2e-4, rtol=1e-3)
     counters = torch._dynamo.utils.counters
     assert not counters["graph_break"]
-    # conv blocks of two kernels and the frames' layer, the last layer and the logits; fixed, then any length
-    assert 0 < counters["stats"]["unique_graphs"] <= 12
+    compilations = counters["stats"]["unique_graphs"]
+    updates(run, 12)
+    assert counters["stats"]["unique_graphs"] == compilations > 0
 
 
 @pytest.mark.parametrize(
