@@ -8,7 +8,7 @@ one more side. Nothing of this is in the toolkit; that it gives the same numbers
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 from unittest.mock import patch
@@ -169,22 +169,22 @@ def last_layer(
 
 
 @torch.no_grad()
-def adam_step(self: Adam, lr: float, frozen: Collection[str] = (), divisor: Tensor | None = None) -> None:
+def adam_step(self: Adam, lr: float, gradients: Mapping[str, Sequence[Tensor]], divisor: Tensor | None = None) -> None:
     """The formula of `Adam`, parameter by parameter; first its gradient is unscaled and clipped."""
-    for key, group in zip(self._keys, self._adamw.param_groups, strict=True):
-        if key in frozen:
-            continue
-        self._steps[key] += 1
-        beta1, beta2 = group["betas"]
-        rate = lr * math.sqrt(1 - beta2 ** self._steps[key]) / (1 - beta1 ** self._steps[key])
-        for parameter in group["params"]:
-            state, gradient = self._adamw.state[parameter], parameter.grad
+    beta1, beta2 = self._betas
+    for key, of_group in gradients.items():
+        group = self._groups[key]
+        group.updates += 1
+        rate = lr * math.sqrt(1 - beta2**group.updates) / (1 - beta1**group.updates)
+        for parameter, gradient, exp_avg, exp_avg_sq in zip(
+            group.parameters, of_group, group.exp_avgs, group.exp_avg_sqs, strict=True
+        ):
             if divisor is not None:
                 gradient.div_(divisor)
-            state["exp_avg"].mul_(beta1).add_(gradient, alpha=1 - beta1)
-            state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-            parameter.mul_(1 - lr * group["weight_decay"])
-            parameter.addcdiv_(state["exp_avg"], state["exp_avg_sq"].sqrt().add_(self._eps), value=-rate)
+            exp_avg.mul_(beta1).add_(gradient, alpha=1 - beta1)
+            exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            parameter.mul_(1 - lr * self._weight_decay)
+            parameter.addcdiv_(exp_avg, exp_avg_sq.sqrt().add_(self._eps), value=-rate)
 
 
 def norm_each(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -236,10 +236,9 @@ class MixedPrecisionOptimizer:
         if self.scaler and self.scaler.update(math.isfinite(norm.item())) == "skipped":
             self.zero_grad()
             return False
-        for key, group in self._groups.items():
-            for weight in group:
-                weight.master.grad = None if key in self._frozen else weight.gradient
-        self._adam.step(lr, self._frozen, self._divisor)
+        active = {key: group for key, group in self._groups.items() if key not in self._frozen}
+        gradients = {key: [weight.gradient for weight in group] for key, group in active.items()}
+        self._adam.step(lr, gradients, self._divisor)
         self._round_into_model(self._active())
         self.zero_grad()
         return True
@@ -248,7 +247,6 @@ class MixedPrecisionOptimizer:
         """Forget all gradients; step() does it too."""
         for weight in self._all():
             weight.parameter.grad = None
-            weight.master.grad = None
         self._norm = self._divisor = None
 
     def master_weights(self) -> dict[str, Tensor]:
