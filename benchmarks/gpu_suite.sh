@@ -11,25 +11,28 @@
 #
 # OUT       file for the results, or a folder for gpu_suite.json (default benchmarks/results)
 # PARTS     parts to run, separated by spaces (default all): tests step_hourglass step_huggingface step_runner
-#           hourglass step_large scaling
+#           utterance idle step_plain step_compile hourglass step_large scaling
 # LIMIT     seconds for all parts together (default 465)
-# ROUNDS    repetitions of every measurement (default 5)
+# ROUNDS    repetitions of every comparison (default 5; step_plain has 3)
 # CHECKOUT  NVIDIA's folder PyTorch/SpeechRecognition/wav2vec2, for step_runner, which is left out without it
 # NUM_GPUS  processes for scaling, which needs 2 (default: all visible CUDA devices)
 # PYTHON    interpreter
 #
-# What is measured: DEVICE, SIZE, LARGE_SIZE, HOURGLASS_CONFIG, FACTORS, PRECISION, BATCH and LARGE_BATCH (rows), LENGTH
-# (seconds of a row). The default update is one GPU's share of the Base recipe's: 8 sub-batches of at most 1.4M samples,
-# which are 5 rows of 250,000 each.
+# What is measured: DEVICE, SIZE, LARGE_SIZE, HOURGLASS_CONFIG, FACTORS, PLAIN (names of benchmarks/plain.py), PRECISION,
+# BATCH, LARGE_BATCH and PLAIN_BATCH (rows; all of step_plain are in memory together), LENGTH (seconds of a row), and for
+# idle MAX_TOKENS (samples of a sub-batch). The default update is one GPU's share of the Base recipe's: 8 sub-batches of
+# at most 1.4M samples, which are 5 rows of 250,000 each.
 : "${OUT:=}" "${LIMIT:=465}" "${ROUNDS:=5}" "${CHECKOUT:=}" "${NUM_GPUS:=}"
-: "${PARTS:=tests step_hourglass step_huggingface step_runner hourglass step_large scaling}"
+all_parts="tests step_hourglass step_huggingface step_runner utterance idle step_plain step_compile hourglass step_large"
+all_parts="$all_parts scaling"
+: "${PARTS:=$all_parts}"
 : "${DEVICE:=cuda}" "${SIZE:=base}" "${LARGE_SIZE:=large}" "${PRECISION:=bf16}"
 : "${HOURGLASS_CONFIG:=[2,(8,4),2]}" "${FACTORS:=1 2 3 4 5 6}"
-: "${BATCH:=40}" "${LARGE_BATCH:=20}" "${LENGTH:=15.6}"
+: "${BATCH:=40}" "${LARGE_BATCH:=20}" "${PLAIN_BATCH:=20}" "${LENGTH:=15.6}" "${MAX_TOKENS:=1400000}"
+: "${PLAIN:=contrastive quantizer first_block conv_stack positional_conv feed_forward last_layer optimizer}"
 
 . "$(dirname -- "${BASH_SOURCE[0]}")/../scripts/lib.sh"
 
-all_parts=" tests step_hourglass step_huggingface step_runner hourglass step_large scaling "
 case "$#:${1:-}" in
     0:) ;;
     1:--help)
@@ -39,12 +42,12 @@ case "$#:${1:-}" in
     *) usage_error "$*: gpu_suite.sh takes no arguments but --help; variables set what it does" ;;
 esac
 for name in $PARTS; do
-    case $all_parts in
+    case " $all_parts " in
         *" $name "*) ;;
-        *) usage_error "PARTS=$PARTS: no part is called $name; there are$all_parts" ;;
+        *) usage_error "PARTS=$PARTS: no part is called $name; there are $all_parts" ;;
     esac
 done
-require_count LIMIT ROUNDS BATCH LARGE_BATCH
+require_count LIMIT ROUNDS BATCH LARGE_BATCH PLAIN_BATCH MAX_TOKENS
 if [ -n "$CHECKOUT" ]; then
     if [ ! -d "$CHECKOUT" ]; then usage_error "CHECKOUT=$CHECKOUT: no such folder; name the one of NVIDIA's code"; fi
     CHECKOUT=$(CDPATH='' cd -- "$CHECKOUT" && pwd)
@@ -116,8 +119,14 @@ part() {
 measure() {
     local name=$1 limit=$2 program=$ROOT/benchmarks/$3
     shift 3
-    part "$name" "$limit" "$python" "$program" --device "$DEVICE" --precision "$PRECISION" --seconds "$LENGTH" \
-        --rounds "$ROUNDS" "$@" --json "$work/$name.json"
+    part "$name" "$limit" "$python" "$program" --device "$DEVICE" --precision "$PRECISION" "$@" --json "$work/$name.json"
+}
+
+# compare NAME LIMIT PROGRAM FLAG...: such a part that repeats steps on rows of LENGTH
+compare() {
+    local name=$1 limit=$2 program=$3
+    shift 3
+    measure "$name" "$limit" "$program" --seconds "$LENGTH" --rounds "$ROUNDS" "$@"
 }
 
 if has_module pytest; then
@@ -125,23 +134,29 @@ if has_module pytest; then
 else
     leave_out tests "left out: pytest is not installed"
 fi
-measure step_hourglass 100 step.py --size "$SIZE" --batch "$BATCH" --hourglass "$HOURGLASS_CONFIG"
+compare step_hourglass 100 step.py --size "$SIZE" --batch "$BATCH" --hourglass "$HOURGLASS_CONFIG"
 if has_module transformers; then
-    measure step_huggingface 130 step.py --size "$SIZE" --batch "$BATCH" --against huggingface
+    compare step_huggingface 130 step.py --size "$SIZE" --batch "$BATCH" --against huggingface
 else
     leave_out step_huggingface "left out: transformers is not installed"
 fi
 if [ -n "$CHECKOUT" ]; then
-    measure step_runner 130 step.py --size "$SIZE" --batch "$BATCH" --hourglass "$HOURGLASS_CONFIG" \
+    compare step_runner 130 step.py --size "$SIZE" --batch "$BATCH" --hourglass "$HOURGLASS_CONFIG" \
         --against_runner "$ROOT/benchmarks/nvidia_runner.py" --checkout "$CHECKOUT"
 else
     leave_out step_runner "left out: CHECKOUT is not set"
 fi
+measure utterance 40 utterance.py --size "$SIZE"
+measure idle 60 idle.py --size "$SIZE" --hourglass "$HOURGLASS_CONFIG" --max_tokens "$MAX_TOKENS"
+# shellcheck disable=SC2086 # PLAIN is a list
+measure step_plain 120 step.py --size "$SIZE" --batch "$PLAIN_BATCH" --seconds "$LENGTH" \
+    --hourglass "$HOURGLASS_CONFIG" --rounds 3 --steps 3 --plain $PLAIN
+compare step_compile 90 step.py --size "$SIZE" --batch "$BATCH" --hourglass "$HOURGLASS_CONFIG" --compile
 # shellcheck disable=SC2086 # FACTORS is a list
-measure hourglass 160 hourglass.py --size "$SIZE" --batch "$BATCH" --factors $FACTORS
-measure step_large 110 step.py --size "$LARGE_SIZE" --batch "$LARGE_BATCH"
+compare hourglass 160 hourglass.py --size "$SIZE" --batch "$BATCH" --factors $FACTORS
+compare step_large 110 step.py --size "$LARGE_SIZE" --batch "$LARGE_BATCH"
 if [ "$NUM_GPUS" -gt 1 ]; then
-    measure scaling 120 scaling.py --size "$SIZE" --batch "$BATCH" --hourglass "$HOURGLASS_CONFIG" --passes 1
+    compare scaling 120 scaling.py --size "$SIZE" --batch "$BATCH" --hourglass "$HOURGLASS_CONFIG" --passes 1
 else
     leave_out scaling "left out: needs 2 GPUs, there are $NUM_GPUS"
 fi

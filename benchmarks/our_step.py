@@ -1,4 +1,4 @@
-"""This toolkit's training step, and its parts on their own."""
+"""This toolkit's training step, the run that makes it, and its parts on their own."""
 
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
@@ -15,45 +15,60 @@ import train
 from benchmarks.stopwatch import Stopwatch
 from benchmarks.workload import SyntheticBatch, Workload
 from common import distributed
+from common.data.loader import TrainLoader
 from common.ema import Ema
 from common.precision import to_half
-from wav2vec2.build import HALF, build_model, build_optimizer, build_task, fp32_modules
+from wav2vec2.build import HALF, build_model, build_optimizer, build_task, compile_regions, fp32_modules, trunk
+from wav2vec2.config import Config
 from wav2vec2.model import Encoded
 from wav2vec2.run import Run
 from wav2vec2.task import PretrainTask
 
 
+def bare_run(recipe: Config, device: torch.device, loader: TrainLoader | None = None) -> Run:
+    """A run of pre-training as build_run makes it, with fresh weights, that writes nothing; it may have data."""
+    model = build_model(recipe, None)
+    trunk(model).encoder.checkpoint_activations = recipe.run.checkpoint_activations
+    if recipe.precision.o2:
+        to_half(model, HALF[recipe.precision.name], fp32_modules(model, recipe.precision.kept_in_fp32()))
+    task = build_task(recipe, model).to(device)
+    if recipe.run.compile:
+        compile_regions(task, cuda_graphs=recipe.run.cuda_graphs)
+    optimizer = build_optimizer(recipe, model)
+    nothing = cast(Any, None)
+    return Run(
+        config=recipe,
+        device=device,
+        task=task,
+        engine=distributed.wrap(task, device),
+        optimizer=optimizer,
+        schedule=lambda step: recipe.optim.lr,
+        ema=Ema(recipe.optim.ema, optimizer.master_weights()),
+        train_loader=nothing if loader is None else loader,
+        valid_loader=nothing,
+        dictionary=None,
+        logger=nothing,
+        frozen_weights={},
+    )
+
+
 class OurStep:
-    """train.train_step on a run that has no data and writes nothing."""
+    """train.train_step on a run that has no data."""
 
     def __init__(self, workload: Workload) -> None:
-        recipe, device = workload.recipe, workload.device
-        model = build_model(recipe, None)
-        if recipe.precision.o2:
-            to_half(model, HALF[recipe.precision.name], fp32_modules(model, recipe.precision.kept_in_fp32()))
-        self.task = cast(PretrainTask, build_task(recipe, model).to(device))
-        self.optimizer = build_optimizer(recipe, model)
-        self.device = device
-        nothing = cast(Any, None)
-        self._run = Run(
-            config=recipe,
-            device=device,
-            task=self.task,
-            engine=distributed.wrap(self.task, device),
-            optimizer=self.optimizer,
-            schedule=lambda step: recipe.optim.lr,
-            ema=Ema(recipe.optim.ema, self.optimizer.master_weights()),
-            train_loader=nothing,
-            valid_loader=nothing,
-            dictionary=None,
-            logger=nothing,
-            frozen_weights={},
-        )
+        self._run = bare_run(workload.recipe, workload.device)
+        self.task, self.optimizer = cast(PretrainTask, self._run.task), self._run.optimizer
+        self.device = workload.device
 
     def step(self, batch: SyntheticBatch) -> None:
         """One update: forward, backward, optimizer."""
         progress = self._run.progress
         progress.step += train.train_step(self._run, [batch], progress.step)
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether parts of it are CUDA graphs, whose results the next pass writes over."""
+        return self._run.config.run.cuda_graphs
 
     @property
     def num_parameters(self) -> int:
@@ -77,10 +92,11 @@ class OurParts:
 
     def __init__(self, ours: OurStep, batch: SyntheticBatch) -> None:
         self._task, self._optimizer, self._batch = ours.task, ours.optimizer, batch
+        self._has_graphs = ours.has_graphs
         self._count = distributed.sum_across_ranks(self._task.count_units([batch]), ours.device)
         self._losses()
         weights = list(self._task.model.parameters())
-        self._gradients = [(weight, weight.grad) for weight in weights if weight.grad is not None]
+        self._gradients = [(weight, weight.grad.clone()) for weight in weights if weight.grad is not None]
         encoded: Encoded = self._task.model(batch.audio_BS, mask_BT=batch.mask_BT, wanted_R=batch.masked_R)
         self._encoded = Encoded(
             _leaf(encoded.x), _leaf(encoded.features_BTC), _leaf(encoded.conv_features_BTC), frame_lengths_B=None
@@ -116,6 +132,8 @@ class OurParts:
         self._optimizer.step(lr=0.0)  # as much work as with any other, and the weights stay
 
     def _forget(self) -> None:
+        if self._has_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # the task does that only when it is called itself
         self._optimizer.zero_grad()
         encoded = self._encoded
         for leaf in (encoded.x, encoded.features_BTC, encoded.conv_features_BTC, self._embedded_BTD):
@@ -131,4 +149,4 @@ class OurParts:
 
 
 def _leaf(x: Tensor) -> Tensor:
-    return x.detach().requires_grad_()
+    return x.detach().clone().requires_grad_()  # a copy, because a CUDA graph writes its results anew

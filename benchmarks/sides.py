@@ -39,9 +39,15 @@ class Bench:
         self._stopwatch = Stopwatch(workload.device)
 
     def start(self, steps: int) -> dict[str, Any]:
-        """The first steps, with the memory that they need: `memory_bytes`, and `parameters` (None: not told)."""
-        memory = peak_memory(self._step, steps, self._stopwatch.device)
-        return {"memory_bytes": memory, "parameters": getattr(self._stepper, "num_parameters", None)}
+        """The first steps.
+
+        `memory_bytes` that they need, `first_step_s` (what is compiled, chosen or allocated once is in it), and
+        `parameters` (None: not told).
+        """
+        seconds: list[float] = []
+        memory = peak_memory(lambda: seconds.append(self._stopwatch.time(self._step, 1)), steps, self._stopwatch.device)
+        parameters = getattr(self._stepper, "num_parameters", None)
+        return {"memory_bytes": memory, "first_step_s": seconds[0], "parameters": parameters}
 
     def time(self, steps: int) -> float:
         """Mean seconds of a step."""

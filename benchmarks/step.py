@@ -18,13 +18,15 @@ What every figure means, and what a runner file looks like: docs/performance.md.
     components                  extractor, encoder, quantizer_logits, optimizer -> {ms, ms_quartiles, share of the
                                 step, and (not for the optimizer) flop_per_s, mfu}
     ours, peer                  {seconds {median, quartiles}, frames_per_s, masked_frames_per_s, model_flop_per_s, mfu,
-                                memory_bytes {peak, before: ahead of the first step}, parameters}; ours has
-                                skipped_updates (fp16), peer its name; peer is null without one
+                                memory_bytes {peak, before: ahead of the first step}, first_step_s: with all that is
+                                compiled, chosen or allocated once, parameters}; ours has skipped_updates (fp16), peer
+                                its name; peer is null without one
     variants                    name of --plain -> {ratio, ratio_quartiles, memory_ratio: of ours over this one, and the
                                 same fields as peer but its name}
     rounds                      a list of {ours_s, peer_s, ratio, variants_s {name: seconds}}: seconds per step
     matrix_rate                 {flop_per_s: the best, by_size}, in the precision of the run
-    setting                     sizes of model and batch, precision, device, repetitions, flops {part: operations}
+    setting                     sizes of model and batch, precision, device, options of our side (compile, cuda_graphs,
+                                checkpoint_activations), repetitions, flops {part: operations}
     hardware, versions, commit, command
 """
 
@@ -62,6 +64,7 @@ from utils.program import write_lines, writing
 
 WARMUP_STEPS = 3  # the peak memory is that of these
 STEPS_PER_ROUND = {"cpu": 1, "cuda": 10}
+SPEED_OPTIONS = ("compile", "cuda_graphs", "checkpoint_activations")  # of train.py
 
 Rounds = list[dict[str, float]]  # of every round the seconds per step, by side
 
@@ -87,6 +90,9 @@ class StepFlags:
     plain: tuple[str, ...] = flag(
         (), f"plain forms to compare with, each on its own; {ALL}: all of them together", choices=VARIANTS
     )
+    compile: bool = flag(False, "ours with --compile of train.py")
+    cuda_graphs: bool = flag(False, "ours with --cuda_graphs of train.py; needs --compile")
+    checkpoint_activations: bool = flag(False, "ours with --checkpoint_activations of train.py")
     json: str = flag("", "file for the results", required=True, metavar="OUT")
     debug: bool = flag(False, "show tracebacks of errors")
 
@@ -111,7 +117,18 @@ def parse(argv: Sequence[str]) -> StepFlags:
             f"--hourglass {options.hourglass_transformer}: Hugging Face has no Hourglass; remove it or --against"
         )
     check_plain(options.plain, options.device)
+    check_speed(options)
     return options
+
+
+def check_speed(options: StepFlags) -> None:
+    """Raise ConfigError for options of our side that cannot work together."""
+    if options.compile and options.plain:
+        raise ConfigError("--plain: a compiled part has no plain form; remove it or --compile")
+    if options.cuda_graphs and not options.compile:
+        raise ConfigError("--cuda_graphs: needs --compile beside it")
+    if options.cuda_graphs and options.device == "cpu":
+        raise ConfigError("--cuda_graphs: needs a GPU; drop it with --device cpu")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -130,6 +147,7 @@ def main(argv: Sequence[str]) -> None:
 def make_workload(options: StepFlags, device: torch.device) -> Workload:
     """What every side is built from, and measured on."""
     recipe = make_recipe(options.size, options.hourglass_transformer, options.precision)
+    recipe = replace(recipe, run=replace(recipe.run, **{name: getattr(options, name) for name in SPEED_OPTIONS}))
     samples = round(options.seconds * recipe.model.sample_rate)
     return Workload(recipe, device, options.batch, samples, Path(options.checkout) if options.checkout else None)
 
@@ -268,7 +286,7 @@ def setting(
     options: StepFlags, workload: Workload, batch: SyntheticBatch, steps: int, flops: dict[str, int]
 ) -> dict[str, Any]:
     """What was measured, in numbers that do not depend on the machine."""
-    names = ("device", "size", "hourglass_transformer", "precision", "batch", "seconds", "checkout")
+    names = ("device", "size", "hourglass_transformer", "precision", "batch", "seconds", "checkout", *SPEED_OPTIONS)
     return {
         **{name: getattr(options, name) for name in names},
         "plain": options.plain,
@@ -287,7 +305,8 @@ def describe(result: dict[str, Any]) -> str:
     lines = [
         f"{result['frames_per_s']:,.0f} frames/s, {result['masked_frames_per_s']:,.0f} masked frames/s, "
         f"{result['model_flop_per_s'] / 1e9:,.1f} GFLOP/s, {result['mfu']:.1%} of the rate of matrix products; "
-        f"peak memory {result['ours']['memory_bytes']['peak'] / 2**20:,.0f} MiB"
+        f"peak memory {result['ours']['memory_bytes']['peak'] / 2**20:,.0f} MiB; "
+        f"first step {result['ours']['first_step_s']:.2f} s"
     ]
     for name, part in result["components"].items():
         lines.append(f"  {name:17}{part['ms']:10.2f} ms {part['share']:6.1%} of the step")

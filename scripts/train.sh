@@ -61,6 +61,12 @@ if [ -n "${NUM_EPOCHS:-}" ]; then
     OPTIONS+=(--num_epochs "$((NUM_EPOCHS + NUM_WARMUP_EPOCHS))" --num_warmup_epochs "$NUM_WARMUP_EPOCHS")
 fi
 
+# Speed and memory
+add_switch compile COMPILE
+add_switch cuda_graphs CUDA_GRAPHS
+add_switch checkpoint_activations CHECKPOINT_ACTIVATIONS
+add bucket_cap_mb BUCKET_CAP_MB
+
 # Data
 add data FILELISTS_DIR
 add train_subset TRAIN_SUBSET

@@ -19,7 +19,7 @@ import numpy as np
 import soxr
 
 from common.errors import ConfigError
-from utils import corpus, espeak, program, sentences
+from utils import corpus, espeak, librispeech_lengths, program, sentences
 
 ACCENTS = ("en-us", "en", "en-gb-x-rp", "en-gb-scotland")  # eSpeak NG's name for British English is plain "en"
 VARIANTS = tuple(f"m{number}" for number in range(1, 9)) + tuple(f"f{number}" for number in range(1, 6))
@@ -27,17 +27,6 @@ PITCHES = (50, 38, 62)  # of 100
 HELD_OUT = 8  # voices each for dev and test; no other pitch of them is in train
 FIRST_ID = 50001
 STEP = 80  # samples: LibriSpeech's lengths are multiples of 5 ms
-# Quantiles of LibriSpeech's utterance lengths in seconds, roughly; their mean is 12.3 s.
-LIBRISPEECH_QUANTILES = [
-    (0, 1.3),
-    (0.05, 3.2),
-    (0.1, 5.0),
-    (0.25, 11.0),
-    (0.5, 13.9),
-    (0.75, 15.2),
-    (0.9, 16.0),
-    (1, 17.0),
-]
 
 
 @dataclass(frozen=True)
@@ -114,7 +103,7 @@ class Narrator:
             texts.append(text)
             if sum(map(len, pieces)) / corpus.SAMPLE_RATE > target - 0.9:  # another would rather overshoot
                 break
-        if len(texts) > 1 and sum(map(len, pieces)) > LIBRISPEECH_QUANTILES[-1][1] * corpus.SAMPLE_RATE:
+        if len(texts) > 1 and sum(map(len, pieces)) > librispeech_lengths.LONGEST * corpus.SAMPLE_RATE:
             del pieces[-2:], texts[-1]
         pieces[-1] = self.silence(0.05, 0.2)
         speech = np.concatenate(pieces)
@@ -123,8 +112,7 @@ class Narrator:
 
     def librispeech_length(self) -> float:
         """Seconds, drawn from LibriSpeech's distribution."""
-        quantiles, seconds = zip(*LIBRISPEECH_QUANTILES, strict=True)
-        return float(np.interp(self.rng.random(), quantiles, seconds))
+        return float(librispeech_lengths.seconds_at(self.rng.random()))
 
     def silence(self, least: float, most: float) -> np.ndarray:
         """Zeros of a random length in seconds."""

@@ -57,8 +57,10 @@ def build_run(config: Config, device: torch.device, command: list[str]) -> Run:
     if o2:
         to_half(model, HALF[config.precision.name], fp32_modules(model, config.precision.kept_in_fp32()))
     task = build_task(config, model).to(device)
+    if config.run.cuda_graphs and device.type != "cuda":
+        raise ConfigError("--cuda_graphs: needs a GPU, and the run is on the CPU; drop it")
     if config.run.compile:
-        _compile_regions(task, cuda_graphs=config.run.cuda_graphs)
+        compile_regions(task, cuda_graphs=config.run.cuda_graphs)
     engine = distributed.wrap(task, device, bucket_cap_mb=config.run.bucket_cap_mb)
     optimizer = build_optimizer(config, model)
     if o2:
@@ -170,7 +172,7 @@ def build_task(config: Config, model: Wav2Vec2Model | Wav2Vec2Ctc) -> PretrainTa
     )
 
 
-def _compile_regions(task: PretrainTask | FinetuneTask, *, cuda_graphs: bool) -> None:
+def compile_regions(task: PretrainTask | FinetuneTask, *, cuda_graphs: bool) -> None:
     """Compile what is called over and over: conv blocks, transformer layers, the contrastive logits.
 
     The parts keep their names and weights. All layers share their compiled code; a second length makes it one for any

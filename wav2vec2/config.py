@@ -424,7 +424,7 @@ class RunConfig:
     num_epochs: int = flag(0, "stop after this many epochs, for benchmarks; 0 trains to --max_update", minimum=0)
     num_warmup_epochs: int = flag(0, "epochs left out of the benchmark's averages", minimum=0)
     bucket_cap_mb: int = flag(25, "size of DDP's gradient buckets in MiB", minimum=1)
-    compile: bool = flag(False, "compile transformer layers and losses with torch.compile")
+    compile: bool = flag(False, "compile conv blocks, transformer layers and contrastive logits with torch.compile")
     cuda_graphs: bool = flag(False, "with --compile: replay the compiled parts as CUDA graphs; for equal lengths")
     checkpoint_activations: bool = flag(
         False, "keep only the input of every transformer layer for backward: less memory, about a third more work"

@@ -14,14 +14,24 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from benchmarks import hourglass, join_results, scaling, step
+from benchmarks import hourglass, idle, join_results, plain, scaling, step, utterance
 from common.errors import ConfigError, TrainingError
 
+PROGRAMS = (step, hourglass, scaling, utterance, idle)
 SUITE = ROOT / "benchmarks" / "gpu_suite.sh"
 BASH = os.environ.get("TEST_BASH") or shutil.which("bash") or "bash"
-PARTS = ["tests", "step_hourglass", "step_huggingface", "step_runner", "hourglass", "step_large", "scaling"]
-SETTINGS = {"DEVICE": "cpu", "SIZE": "tiny", "LARGE_SIZE": "tiny", "PRECISION": "fp32", "BATCH": "2", "LENGTH": "1"}
-OURS = ("OUT", "PARTS", "LIMIT", "ROUNDS", "CHECKOUT", "NUM_GPUS", "PYTHON", "HOURGLASS_CONFIG", "FACTORS", "DRY_RUN")
+PARTS = [
+    *("tests", "step_hourglass", "step_huggingface", "step_runner", "utterance", "idle"),
+    *("step_plain", "step_compile", "hourglass", "step_large", "scaling"),
+]
+SETTINGS = {
+    **{"DEVICE": "cpu", "SIZE": "tiny", "LARGE_SIZE": "tiny", "PRECISION": "fp32"},
+    **{"BATCH": "2", "PLAIN_BATCH": "2", "LENGTH": "1", "MAX_TOKENS": "250000"},
+}
+OURS = (
+    *("OUT", "PARTS", "LIMIT", "ROUNDS", "CHECKOUT", "NUM_GPUS", "PYTHON", "DRY_RUN"),
+    *("HOURGLASS_CONFIG", "FACTORS", "PLAIN", "LARGE_BATCH"),
+)
 
 # Stands for the interpreter: does what PLAN (a JSON object) says of a part, else writes a result.
 FAKE = """#!{python}
@@ -77,17 +87,24 @@ def test_commands_are_those_that_the_programs_accept(suite, tmp_path):
     commands = [shlex.split(line)[1:] for line in done.stdout.splitlines()]
     assert len(commands) == len(PARTS)
     assert commands[0][-3:] == ["-m", "gpu", str(ROOT / "tests" / "gpu")]
-    parsers = {"step.py": step.parse, "hourglass.py": hourglass.parse, "scaling.py": scaling.parse}
+    parsers = {f"{module.__name__.split('.')[1]}.py": module.parse for module in PROGRAMS}
     taken = []
     for program, *flags in commands[1:]:
         assert Path(program).is_file()
         found = parsers[Path(program).name](flags)
         taken.append(found[0] if isinstance(found, tuple) else found)
-    for options in taken:
-        assert (options.device, options.precision, options.seconds, options.rounds) == ("cuda", "bf16", 15.6, 5)
+    assert {(options.device, options.precision) for options in taken} == {("cuda", "bf16")}
+    base, peer, runner, one, loading, forms, compiled, factors, large, ranks = taken
+    for options in (base, peer, runner, compiled, factors, large, ranks):
+        assert (options.seconds, options.rounds) == (15.6, 5)
         # 8 sub-batches of at most 1.4 M samples, in rows of 250,000
         assert options.size == "large" or options.batch == 8 * (1_400_000 // 250_000)
-    base, peer, runner, factors, large, ranks = taken
+    assert (loading.num_concat_batches, loading.max_tokens, loading.max_sample_size) == (8, 1_400_000, 250_000)
+    assert (one.size, one.batch, one.seconds) == ("base", 1, 6.54)
+    assert set(forms.plain) == set(plain.FORMS) - set(plain.CPU_ONLY)
+    assert [options.compile for options in (base, forms, compiled)] == [False, False, True]
+    assert compiled.hourglass_transformer == forms.hourglass_transformer == loading.hourglass_transformer
+    assert compiled.hourglass_transformer == base.hourglass_transformer
     assert base.hourglass_transformer == runner.hourglass_transformer == ranks.hourglass_transformer == "[2,(8,4),2]"
     assert peer.hourglass_transformer == large.hourglass_transformer == ""
     assert (peer.against, runner.checkout, large.size) == ("huggingface", str(tmp_path), "large")
@@ -189,12 +206,20 @@ def test_the_script_is_clean():
 
 @pytest.mark.slow
 def test_on_the_cpu_with_a_tiny_model(suite, tmp_path):
-    sizes = {"HOURGLASS_CONFIG": "[0,(2,2),0]", "FACTORS": "2", "ROUNDS": "1", "OMP_NUM_THREADS": "1"}
-    done = suite(PYTHON=sys.executable, PARTS="step_hourglass hourglass", **SETTINGS, **sizes)
+    sizes = {
+        "HOURGLASS_CONFIG": "[0,(2,2),0]",
+        "FACTORS": "2",
+        "PLAIN": "optimizer",
+        "ROUNDS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = suite(PYTHON=sys.executable, PARTS="step_hourglass utterance step_plain hourglass", **SETTINGS, **sizes)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "all.json").read_text())
     step_of_hourglass, factors = (result["parts"][name]["result"] for name in ("step_hourglass", "hourglass"))
     assert step_of_hourglass["setting"]["hourglass_transformer"] == "[0,(2,2),0]"
     assert step_of_hourglass["frames_per_s"] > 0
+    assert list(result["parts"]["step_plain"]["result"]["variants"]) == ["optimizer"]
+    assert result["parts"]["utterance"]["result"]["setting"]["size"] == "tiny"
     assert [model["factor"] for model in factors["models"]] == [None, 2]
     assert result["hardware"]["cores"] == os.cpu_count()

@@ -27,8 +27,11 @@ from benchmarks.stopwatch import Stopwatch
 from benchmarks.workload import SIZES, Workload, make_recipe
 from common.errors import ConfigError, TrainingError
 from wav2vec2 import criterion
+from wav2vec2.config import DropoutConfig
+from wav2vec2.model import TransformerLayer
 
 CPU = torch.device("cpu")
+NO_DROPOUT = DropoutConfig(dropout=0.0, attention_dropout=0.0)
 TINY = ["--size", "tiny", "--rounds", "2", "--batch", "2", "--seconds", "1", "--threads", "1"]
 KEYS = {
     *("ratio", "ratio_quartiles", "memory_ratio", "frames_per_s", "masked_frames_per_s", "model_flop_per_s", "mfu"),
@@ -182,6 +185,64 @@ def test_timing_the_parts_leaves_weights_and_gradients_alone(precision):
     assert not any(torch.equal(weight, before[name]) for name, weight in ours.optimizer.master_weights().items())
 
 
+def update_of(recipe, changes: dict) -> dict[str, torch.Tensor]:
+    """The weights after a step of a recipe with these options of speed and memory."""
+    recipe = replace(recipe, run=replace(recipe.run, **changes))
+    workload = Workload(recipe, CPU, rows=2, samples=16000)
+    ours = OurStep(workload)
+    ours.step(workload.batch())
+    return dict(ours.optimizer.master_weights())
+
+
+def test_our_side_takes_the_options_of_training_and_makes_the_same_update(monkeypatch):
+    """Checkpointed layers run twice; compiled ones are traced, differentiated and run, but not made C++."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    recipe = make_recipe("tiny")
+    recipe = replace(recipe, dropout=NO_DROPOUT, model=replace(recipe.model, encoder_layers=1))
+    calls = []
+    forward = TransformerLayer.forward
+    monkeypatch.setattr(TransformerLayer, "forward", lambda *args: (calls.append(1), forward(*args))[1])
+    expected = update_of(recipe, {})
+    assert len(calls) == 1
+    found = update_of(recipe, {"checkpoint_activations": True})
+    assert len(calls) == 3
+    monkeypatch.setattr(TransformerLayer, "forward", forward)
+    compiled = update_of(recipe, {"compile": True})
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+        torch.testing.assert_close(compiled[name], weight, atol=1e-4, rtol=1e-3)
+    torch._dynamo.reset()
+
+
+def test_options_of_speed_reach_our_recipe_and_the_file():
+    given = ("--checkpoint_activations", "--compile")
+    options = step.parse([*TINY, *given, "--json", "-"])
+    workload = step.make_workload(options, CPU)
+    run = workload.recipe.run
+    assert (run.compile, run.cuda_graphs, run.checkpoint_activations) == (True, False, True)
+    told = step.setting(options, workload, workload.batch(), 1, {})
+    assert (told["compile"], told["cuda_graphs"], told["checkpoint_activations"]) == (True, False, True)
+
+
+class SlowAtFirst:
+    """A step that is slow once."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def step(self, batch):
+        self.steps += 1
+        time.sleep(0.2 if self.steps == 1 else 0.0)
+
+
+def test_the_first_step_is_told_apart():
+    bench = Bench(SlowAtFirst(), Workload(make_recipe("tiny"), CPU, rows=1, samples=8000))
+    assert 0.2 <= bench.start(3)["first_step_s"] < 0.4
+    assert bench._stepper.steps == 3
+
+
 def check(result: dict) -> None:
     """What holds in every file: figures follow from the rounds."""
     assert set(result) == KEYS
@@ -200,6 +261,7 @@ def check(result: dict) -> None:
         assert part["share"] > 0
     memory = result["ours"]["memory_bytes"]
     assert memory["peak"] >= memory["before"] > 0
+    assert result["ours"]["first_step_s"] > 0
     assert result["versions"]["torch"] == torch.__version__
 
 
@@ -408,6 +470,9 @@ def test_mistakes_are_told_in_one_line_by_flag_before_anything_is_measured(tmp_p
         (("--against_runner", str(empty), "--against", "huggingface"), "--against_runner"),
         (("--checkout", str(tmp_path)), "--checkout"),
         (("--against_runner", str(empty), "--checkout", str(tmp_path / "none")), "--checkout .*none"),
+        (("--cuda_graphs", "--device", "cuda"), "--cuda_graphs: needs --compile"),
+        (("--cuda_graphs", "--compile"), "--cuda_graphs: needs a GPU"),
+        (("--compile", "--plain", "optimizer"), "--plain: .*--compile"),
         (("--rounds", "0"), "--rounds 0"),
         (("--secnods", "3"), "--seconds"),
     ]

@@ -501,6 +501,17 @@ def test_resume_is_on_unless_switched_off(command):
     assert "--resume" not in command("finetune_base_960h", RESUME="false")
 
 
+def test_speed_and_memory_are_set_by_variables(config):
+    for preset in ("pretrain_base", "finetune_base_960h"):
+        run = config(preset).run
+        assert (run.compile, run.cuda_graphs, run.checkpoint_activations) == (False, False, False)
+    chosen = {"COMPILE": "true", "CHECKPOINT_ACTIVATIONS": "true", "BUCKET_CAP_MB": "7"}
+    run = config("pretrain_base", **chosen).run
+    assert (run.compile, run.cuda_graphs, run.checkpoint_activations, run.bucket_cap_mb) == (True, False, True, 7)
+    on_a_gpu = {"DEVICE": "cuda", "NUM_GPUS": "1", "COMPILE": "true", "CUDA_GRAPHS": "true", "ENCODER_LAYERDROP": "0"}
+    assert config("pretrain_base", **on_a_gpu).run.cuda_graphs
+
+
 def test_an_empty_hourglass_is_the_plain_transformer(config):
     model = config("pretrain_base", HOURGLASS_CONFIG="").model
     assert (model.hourglass_transformer, model.encoder_layers) == ("", 12)

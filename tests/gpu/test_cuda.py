@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import cycle, islice, repeat
 from typing import Any, cast
 
@@ -13,10 +14,14 @@ import torch
 import torch.nn.functional as F
 from tiny_model import HOURGLASS, LARGE, NO_DROPOUT, batch
 from torch import Tensor
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train
+from benchmarks import our_step
+from benchmarks.workload import make_recipe
 from common import distributed, rng
-from common.data.collate import Batch
+from common.data.collate import Batch, present
 from common.data.loader import copied_ahead
 from common.ema import Ema
 from common.labels import SPECIAL_SYMBOLS, Dictionary
@@ -24,6 +29,7 @@ from common.precision import LossScaler, MixedPrecisionOptimizer, to_half
 from wav2vec2 import criterion
 from wav2vec2.build import build_model, build_optimizer, build_task, fp32_modules
 from wav2vec2.config import Config, DropoutConfig, ObjectiveConfig, OptimConfig, PrecisionConfig
+from wav2vec2.convolutions import PositionalConv, normed_first_conv, strided_conv
 from wav2vec2.model import Wav2Vec2Ctc, Wav2Vec2Model
 from wav2vec2.run import Run
 from wav2vec2.task import FinetuneTask, PretrainTask
@@ -94,6 +100,70 @@ def test_training_lowers_the_loss_in_every_precision(kind, precision):
         losses.append(stats["loss"])
     values = torch.stack(losses).tolist()
     assert values[-1] < 0.9 * values[0]
+
+
+# ---- The convolutions -----------------------------------------------------------------------------------------------
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def first_conv(lengths: list[int] | None, weight_C1k: Tensor, gain_C: Tensor, shift_C: Tensor) -> Tensor:
+    device = weight_C1k.device
+    lengths_B = None if lengths is None else torch.tensor(lengths, device=device)
+    audio_BS = (0.3 * random(2, 4000) + 0.1).float().to(device)
+    options = {"stride": 5, "lengths_B": lengths_B, "eps": 1e-5, "rows": 800}
+    return normed_first_conv(audio_BS, weight_C1k, None, gain_C, shift_C, **options)
+
+
+def positional_conv(x_BTD: Tensor, direction: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+    weights = {"weight_v": direction, "weight_g": gain, "bias": bias}
+    return functional_call(PositionalConv(32, 16, 4), weights, (x_BTD,))
+
+
+FIRST = [random(24, 1, 10, seed=1), 1 + 0.1 * random(24, seed=2), random(24, seed=3)]
+POSITIONAL = [
+    random(3, 90, 32, seed=1),
+    random(32, 8, 16, seed=2),
+    1 + 0.1 * random(1, 1, 16, seed=3),
+    random(32, seed=4),
+]
+CONVOLUTIONS: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
+    "first": (partial(first_conv, None), FIRST),
+    "first, padded": (partial(first_conv, [799, 500]), FIRST),
+    "strided, 3 taps": (
+        partial(strided_conv, stride=2, gelu=True),
+        [random(300, 24, seed=1), random(32, 24, 3, seed=2), random(32, seed=3)],
+    ),
+    "strided, 2 taps": (
+        lambda x, weight: strided_conv(x, weight, None, stride=2, gelu=False),
+        [random(300, 24, seed=1), random(32, 24, 2, seed=2)],
+    ),
+    "positional": (positional_conv, POSITIONAL),
+}
+ROUNDING = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # norm of the error over that of the result
+
+
+def with_gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """The result, and the gradients of all inputs for a given one of the result."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    y = function(*leaves)
+    dy = random(*y.shape, seed=9).to(y)
+    return [found.detach().cpu().double() for found in (y, *torch.autograd.grad(y, leaves, dy))]
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_and_their_gradients_are_those_of_float64_on_the_cpu(name, dtype):
+    """Of the same inputs, which are rounded beforehand."""
+    function, inputs = CONVOLUTIONS[name]
+    rounded = [x.to(dtype) for x in inputs]
+    expected = with_gradients(function, [x.double() for x in rounded])
+    found = with_gradients(function, [x.to(DEVICE) for x in rounded])
+    for one, other in zip(found, expected, strict=True):
+        assert one.isfinite().all()
+        assert (one - other).norm() <= ROUNDING[dtype] * other.norm()
 
 
 # ---- Waiting --------------------------------------------------------------------------------------------------------
@@ -236,3 +306,90 @@ def test_what_does_not_count_as_waiting_does_not_wait(name):
     made = operands()
     with no_waiting():
         NOT_WAITING[name](*made)
+
+
+# ---- Options of speed and memory ------------------------------------------------------------------------------------
+
+
+def pretraining_run(
+    *,
+    size: str = "tiny",
+    precision: str = "fp32",
+    dropout: DropoutConfig = NO_DROPOUT,
+    layers: int = 2,
+    **options: bool,
+) -> Run:
+    """A run without data and without an Hourglass; options are those of RunConfig."""
+    recipe = make_recipe(size, "", precision)
+    recipe = replace(
+        recipe,
+        dropout=dropout,
+        model=replace(recipe.model, encoder_layers=layers),
+        run=replace(recipe.run, **cast(Any, options)),
+    )
+    return our_step.bare_run(recipe, torch.device(DEVICE))
+
+
+def losses(run: Run, batches: list[Batch]) -> list[float]:
+    found = []
+    for step, made in enumerate(batches):
+        assert train.train_step(run, [made.to(DEVICE)], step)
+        found.append(run.metrics.reduce("cpu")["loss"])
+    return found
+
+
+def gradients_of_a_pass(run: Run, made: Batch) -> dict[str, Tensor]:
+    run.set_step(0)
+    rng.seed_all("dropout")
+    loss, _ = run.engine(made.to(DEVICE), torch.tensor(float(made.num_masked), device=DEVICE))
+    run.optimizer.backward(loss)
+    return {name: present(weight.grad) for name, weight in run.task.model.named_parameters()}
+
+
+def test_checkpointed_activations_give_the_same_gradients_with_dropout():
+    dropout = DropoutConfig(dropout=0.2, attention_dropout=0.2, activation_dropout=0.2)
+    plain = pretraining_run(dropout=dropout)
+    made = batch(plain.task.model, SIZES)
+    expected = gradients_of_a_pass(plain, made)
+    found = gradients_of_a_pass(pretraining_run(dropout=dropout, checkpoint_activations=True), made)
+    for name, gradient in expected.items():
+        # sums over threads come in any order
+        torch.testing.assert_close(found[name], gradient, atol=1e-5 * float(gradient.abs().max()), rtol=1e-4)
+
+
+def test_checkpointed_activations_lower_the_peak_of_a_step():
+    def peak(**options: bool) -> int:
+        run = pretraining_run(size="small", layers=12, **options)
+        made = batch(run.task.model, [[160000] * 4])
+        losses(run, [made])  # the optimizer's moments, and what libraries allocate once
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        losses(run, [made])
+        return torch.cuda.max_memory_allocated() - before
+
+    assert peak(checkpoint_activations=True) < 0.7 * peak()
+
+
+def test_flash_attention_is_what_training_without_padding_uses():
+    dropout = DropoutConfig(dropout=0.1, attention_dropout=0.1)
+    run = pretraining_run(size="small", precision="bf16", dropout=dropout)
+    made = batch(run.task.model, [[16000] * 3])
+    assert not made.padded
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):  # any other kernel is an error
+        assert all(loss > 0 for loss in losses(run, [made, made]))
+        with pytest.raises(RuntimeError, match="[Nn]o available kernel"):  # it has none for fp32
+            losses(pretraining_run(size="small", dropout=dropout), [made])
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["compiled", "cuda_graphs"])
+def test_compiled_parts_give_the_same_losses(graphs):
+    """Enough steps for a graph to be recorded and replayed; what it leaves must not be written over too early."""
+    torch._dynamo.reset()
+    plain = pretraining_run()
+    batches = [batch(plain.task.model, [[6000] * 2, [6000] * 3], seed=seed) for seed in range(5 if graphs else 3)]
+    expected = losses(plain, batches)
+    assert len(set(expected)) == len(expected)
+    found = losses(pretraining_run(compile=True, cuda_graphs=graphs), batches)
+    torch._dynamo.reset()
+    assert found == pytest.approx(expected, rel=1e-3)
