@@ -6,12 +6,13 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 
-from benchmarks.workload import SyntheticBatch, Workload
+from benchmarks.workload import SyntheticBatch, Workload, make_precision
 from common import rng
 from common.data.collate import present
 from common.errors import ConfigError
@@ -31,9 +32,10 @@ Build = Callable[[Workload], Stepper]
 
 
 @contextmanager
-def peer_program(workload: Workload, load: Callable[[], Build]) -> Iterator[Stepper]:
-    """A peer's step; its process is as Python and torch leave it."""
-    yield load()(workload)
+def peer_program(workload: Workload, load: Callable[[], Build], precision: str) -> Iterator[Stepper]:
+    """A peer's step in one of PRECISIONS; its process is as Python and torch leave it."""
+    recipe = replace(workload.recipe, precision=make_precision(precision))
+    yield load()(replace(workload, recipe=recipe))
 
 
 class HuggingFaceStep:

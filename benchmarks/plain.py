@@ -80,17 +80,17 @@ def conv_block(block: ConvBlock, x_BIT: Tensor, lengths_B: Tensor | None = None)
 def masked_group_norm(x_BCT: Tensor, lengths_B: Tensor | None, norm: ChannelNorm) -> Tensor:
     """Group norm of one group per channel over the first frames of every row, None for all."""
     if lengths_B is None:
-        return F.group_norm(x_BCT, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        return F.group_norm(x_BCT, len(norm.weight), norm.weight, norm.bias, norm.eps)
     valid_B1T, count_B11 = valid_positions(lengths_B, x_BCT.shape[-1])[:, None], lengths_B[:, None, None]
     mean_BC1 = (x_BCT * valid_B1T).sum(-1, keepdim=True) / count_B11
     variance_BC1 = ((x_BCT - mean_BC1).square() * valid_B1T).sum(-1, keepdim=True) / count_B11
     return (x_BCT - mean_BC1) / torch.sqrt(variance_BC1 + norm.eps) * norm.weight[:, None] + norm.bias[:, None]
 
 
-def first_block(self: ConvBlock, audio_BS: Tensor, lengths_B: Tensor | None, rows: int) -> tuple[Tensor, bool]:
-    """The first block as `conv_block`; its output is then copied to the flat buffer [B x rows, C] of the others."""
+def first_block(self: ConvBlock, audio_BS: Tensor, lengths_B: Tensor | None, pitch: int) -> tuple[Tensor, bool]:
+    """The first block as `conv_block`; its output is then copied to the flat buffer [B x pitch, C] of the others."""
     x_BTC = conv_block(self, audio_BS[:, None], lengths_B).transpose(1, 2)
-    return F.pad(x_BTC, (0, 0, 0, rows - x_BTC.shape[1])).flatten(0, 1), False
+    return F.pad(x_BTC, (0, 0, 0, pitch - x_BTC.shape[1])).flatten(0, 1), False
 
 
 def conv_stack(self: FeatureExtractor, audio_BS: Tensor, lengths_B: Tensor | None = None) -> Tensor:

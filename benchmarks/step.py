@@ -85,6 +85,7 @@ class StepFlags:
     steps: int = flag(0, "steps per repetition; 0: 1 on the CPU, 10 on a GPU", minimum=0)
     threads: int = flag(0, "threads of the CPU; 0: torch's own number", minimum=0)
     against: str | None = flag(None, "peer to compare with", choices=("huggingface",))
+    peer_precision: str | None = flag(None, "number format of the peer (default: that of ours)", choices=PRECISIONS)
     against_runner: str = flag("", "peer to compare with: a file that defines build(config)", metavar="FILE.py")
     checkout: str = flag("", "folder of the peer's code, handed to the runner as config.checkout", metavar="DIR")
     plain: tuple[str, ...] = flag(
@@ -108,6 +109,8 @@ def parse(argv: Sequence[str]) -> StepFlags:
     options = flags.from_namespace(StepFlags, parser.parse_args(list(argv)))
     if options.against and options.against_runner:
         raise ConfigError("--against and --against_runner: one peer at a time; remove one of them")
+    if options.peer_precision and not (options.against or options.against_runner):
+        raise ConfigError("--peer_precision: has no effect without a peer; remove it, or add --against")
     if options.checkout and not options.against_runner:
         raise ConfigError("--checkout: has no effect without --against_runner; remove it, or give a runner")
     if options.checkout and not Path(options.checkout).is_dir():
@@ -158,7 +161,8 @@ def make_sides(options: StepFlags) -> dict[str, Side]:
     load = peer_loader(options)
     if load:
         load()  # what is wrong with it shall be told before anything is measured
-        sides["peer"] = Side(f"peer, {peer_name(options)}", partial(peer_program, load=load))
+        precision = options.peer_precision or options.precision
+        sides["peer"] = Side(f"peer, {peer_name(options)}", partial(peer_program, load=load, precision=precision))
     return sides | {name: Side(f"plain {name}", partial(plain_program, names=(name,))) for name in options.plain}
 
 
@@ -286,9 +290,9 @@ def setting(
     options: StepFlags, workload: Workload, batch: SyntheticBatch, steps: int, flops: dict[str, int]
 ) -> dict[str, Any]:
     """What was measured, in numbers that do not depend on the machine."""
-    names = ("device", "size", "hourglass_transformer", "precision", "batch", "seconds", "checkout", *SPEED_OPTIONS)
+    names = ("device", "size", "hourglass_transformer", "precision", "peer_precision", "batch", "seconds", "checkout")
     return {
-        **{name: getattr(options, name) for name in names},
+        **{name: getattr(options, name) for name in (*names, *SPEED_OPTIONS)},
         "plain": options.plain,
         "rounds": options.rounds,
         "steps_per_round": steps,

@@ -90,9 +90,14 @@ def make_recipe(size: str, hourglass: str = "", precision: str = "fp32") -> Conf
         mask=MaskConfig(mask_prob=0.65, mask_length=10),
         objective=ObjectiveConfig(num_negatives=100, loss_weights=(0.1, 10.0)),
         optim=OptimConfig(lr=0.0005, weight_decay=0.01),
-        precision=PrecisionConfig(fp16=precision == "fp16", bf16=precision == "bf16"),
+        precision=make_precision(precision),
         run=RunConfig(seed=SEED),
     )
+
+
+def make_precision(name: str) -> PrecisionConfig:
+    """One of PRECISIONS; half precision is O2."""
+    return PrecisionConfig(fp16=name == "fp16", bf16=name == "bf16")
 
 
 @dataclass(frozen=True, eq=False)

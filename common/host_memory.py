@@ -9,7 +9,7 @@ import platform
 # <malloc.h>
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_MMAP_THRESHOLD = 32 * 2**20  # glibc refuses more
-_NEVER = 2**31 - 1
+_NEVER = -1
 
 
 def keep_freed_memory() -> None:

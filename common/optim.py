@@ -63,6 +63,7 @@ class Adam:
     def step(self, lr: float, gradients: Mapping[str, Sequence[Tensor]], divisor: Tensor | None = None) -> None:
         """One update of the groups in `gradients`; the others keep weights, moments and step count.
 
+        Gradients are laid out in memory like their parameters, as autograd gives them: the kernel goes by place.
         `divisor`: a float32 number on the device, by which the kernel divides all gradients (clipping, loss scale).
         """
         for key, of_group in gradients.items():

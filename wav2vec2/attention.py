@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wav2vec2.dropout import keep_mask
+from wav2vec2.norms import at_least_fp32
 
-TILE = 2**20  # similarities that a CPU has at hand
+SIMILARITIES_AT_HAND = 2**20  # so that they stay in the cache of a CPU
 
 
 class SelfAttention(nn.Module):
@@ -38,7 +39,7 @@ class SelfAttention(nn.Module):
         if self.fp32_softmax:
             q_BHTd, k_BHTd, v_BHTd = q_BHTd.float(), k_BHTd.float(), v_BHTd.float()
         dropout = self.dropout if self.training else 0.0
-        if dropout and x_BTD.device.type == "cpu":
+        if dropout and x_BTD.device.type == "cpu" and not torch.compiler.is_compiling():
             y_BHTd = _DropoutAttention.apply(q_BHTd, k_BHTd, v_BHTd, keys_B11T, dropout)
         else:
             y_BHTd = F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, attn_mask=keys_B11T, dropout_p=dropout)
@@ -49,7 +50,8 @@ class SelfAttention(nn.Module):
 class _DropoutAttention(torch.autograd.Function):
     """Attention with dropout on a CPU, for which torch has no kernel: softmax(q k' / sqrt(d)) times mask, times v.
 
-    A few heads at a time, and for backward only the dropped places are kept: probabilities are computed again.
+    A few heads at a time, and for backward only the dropped places are kept: probabilities are computed again. They
+    and their gradient are in float32 or better, as in torch's kernels. Every row must have a key that is True.
     """
 
     @staticmethod
@@ -65,23 +67,24 @@ class _DropoutAttention(torch.autograd.Function):
             p_hTT = _probabilities(
                 q_BHTd[row, heads], k_BHTd[row, heads], None if keys_B11T is None else keys_B11T[row]
             )
-            y_BHTd[row, heads] = (p_hTT.mul_(kept_BHTT[row, heads]) @ v_BHTd[row, heads]).mul_(ctx.scale)
+            p_hTT = p_hTT.mul_(kept_BHTT[row, heads]).to(v_BHTd.dtype)
+            y_BHTd[row, heads] = (p_hTT @ v_BHTd[row, heads]).mul_(ctx.scale)
         return y_BHTd
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of queries, keys and values, laid out as one projection of all three gives them."""
+        """The gradients of queries, keys and values."""
         q_BHTd, k_BHTd, v_BHTd, keys_B11T, kept_BHTT = ctx.saved_tensors
         B, H, T, d = q_BHTd.shape
         dq_BHTd, dk_BHTd, dv_BHTd = q_BHTd.new_empty(B, T, 3, H, d).permute(2, 0, 3, 1, 4)
         for row, heads in _tiles(B, H, T):
             q, k, v = q_BHTd[row, heads], k_BHTd[row, heads], v_BHTd[row, heads]
             dy = gradients[0][row, heads] * ctx.scale
-            kept = kept_BHTT[row, heads].to(q.dtype)
             p_hTT = _probabilities(q, k, None if keys_B11T is None else keys_B11T[row])
-            dp_hTT = (dy @ v.transpose(1, 2)).mul_(kept)
-            dv_BHTd[row, heads] = kept.mul_(p_hTT).transpose(1, 2) @ dy
-            ds_hTT = torch._softmax_backward_data(dp_hTT, p_hTT, -1, p_hTT.dtype)
+            kept = kept_BHTT[row, heads].to(p_hTT.dtype)
+            dp_hTT = (at_least_fp32(dy) @ at_least_fp32(v).transpose(1, 2)).mul_(kept)
+            dv_BHTd[row, heads] = kept.mul_(p_hTT).to(q.dtype).transpose(1, 2) @ dy
+            ds_hTT = torch._softmax_backward_data(dp_hTT, p_hTT, -1, p_hTT.dtype).to(q.dtype)
             dq_BHTd[row, heads] = (ds_hTT @ k).div_(math.sqrt(d))
             dk_BHTd[row, heads] = (ds_hTT.transpose(1, 2) @ q).div_(math.sqrt(d))
         return dq_BHTd, dk_BHTd, dv_BHTd, None, None
@@ -89,15 +92,16 @@ class _DropoutAttention(torch.autograd.Function):
 
 def _probabilities(q_hTd: Tensor, k_hTd: Tensor, keys_11T: Tensor | None) -> Tensor:
     """What every frame of some heads attends to: [h, T, T]."""
+    q_hTd, k_hTd = at_least_fp32(q_hTd), at_least_fp32(k_hTd)
     similarity_hTT = (q_hTd / math.sqrt(q_hTd.shape[-1])) @ k_hTd.transpose(1, 2)
     if keys_11T is not None:
         similarity_hTT.masked_fill_(~keys_11T, -torch.inf)
-    return torch.softmax(similarity_hTT, -1, dtype=q_hTd.dtype)
+    return torch.softmax(similarity_hTT, -1)
 
 
 def _tiles(rows: int, heads: int, frames: int) -> Iterator[tuple[int, slice]]:
     """A row and some of its heads, in turn."""
-    size = max(1, TILE // frames**2)
+    size = max(1, SIMILARITIES_AT_HAND // frames**2)
     for row in range(rows):
         for first in range(0, heads, size):
             yield row, slice(first, first + size)

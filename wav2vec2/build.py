@@ -175,9 +175,11 @@ def build_task(config: Config, model: Wav2Vec2Model | Wav2Vec2Ctc) -> PretrainTa
 def compile_regions(task: PretrainTask | FinetuneTask, *, cuda_graphs: bool) -> None:
     """Compile what is called over and over: conv blocks, transformer layers, the contrastive logits.
 
-    The parts keep their names and weights. All layers share their compiled code; a second length makes it one for any
-    length, so that there are two compilations of each part, not one for each length. CUDA graphs need equal shapes.
+    The parts keep their names and weights, and all layers share their compiled code. A second length makes it one for
+    any length, so the number of compilations does not grow with that of lengths. CUDA graphs need equal shapes.
     """
+    # With and without wanted frames, keys and gradients, one row or more, fixed and free lengths: beyond torch's 8.
+    torch._dynamo.config.recompile_limit = 32
     extractor, encoder = trunk(task.model).feature_extractor, trunk(task.model).encoder
     options: dict[str, Any] = {"mode": "reduce-overhead", "dynamic": False} if cuda_graphs else {}
     layers = [*encoder.layers, *(getattr(encoder, "hourglass_layers", [])), *(getattr(encoder, "post_layers", []))]

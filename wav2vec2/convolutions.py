@@ -1,7 +1,11 @@
 """The convolutions of the model as products of matrices: what `model.py` computes, in the form that is fast.
 
-The extractor's convolutions work on one flat buffer of frames [R, C], the rows of a batch one after the other; the
-first block makes it from the waveform. Every function says why it is exact.
+The extractor's convolutions work on one flat buffer of frames, the utterances of a batch one after the other, `pitch`
+places for each; the first block makes it from the waveform. Every function says why it is exact.
+
+Shapes, besides the usual ones: R places of the flat buffer, k taps of a kernel, I and O channels of a convolution that
+go in and come out, e = D / G channels of a group, n segments or frames at hand, Q frequencies, W frames of a segment
+and f of them that are kept, m weights of a tap.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -18,7 +22,7 @@ from torch import Tensor, nn
 
 from wav2vec2.norms import valid_positions, working_dtype
 
-# Numbers that a tile of the first block holds: on a CPU it stays in the cache, on a GPU it fills the device.
+# Numbers that the first block has at hand: on a CPU they stay in the cache, on a GPU they fill the device.
 TILE = {"cpu": 2**19, "cuda": 2**25}
 
 
@@ -35,12 +39,12 @@ def normed_first_conv(
     stride: int,
     lengths_B: Tensor | None,
     eps: float,
-    rows: int,
+    pitch: int,
 ) -> Tensor:
     """gelu(group norm(convolution)) of a waveform, one group per channel, without the convolution's output.
 
-    [B, S] -> [B, rows, C], of which those behind the last frame are 0. `lengths_B` are the frames over which a row is
-    normalised, None for all of them.
+    [B, S] -> [B, pitch, C], of which those behind the last frame are 0. `lengths_B` are the frames over which a row is
+    normalised, None for all of them. Raises ValueError for a waveform that wants a gradient: only weights get one.
 
     A channel's output is w . x(t) for the window x(t) of k samples, so over the frames of a row its mean is w . m and
     its variance w' S w, with mean m and covariance S of the row's windows: 10 + 100 numbers. The norm is then a
@@ -48,9 +52,12 @@ def normed_first_conv(
     exist. Statistics are in float64, because the samples of a window are almost equal and w' S w cancels; and a row is
     brought to mean 0, which the norm does not see and which spares the products of float32 digits.
     """
+    if audio_BS.requires_grad:
+        raise ValueError("the folded first block gives no gradient of the waveform; detach it")
     dtype, result = torch.promote_types(weight_C1k.dtype, torch.float32), working_dtype(weight_C1k)
     with torch.autocast(audio_BS.device.type, enabled=False):
-        audio_BS = audio_BS.double() - audio_BS.double().mean(1, keepdim=True)
+        audio_BS = audio_BS.double()
+        audio_BS = audio_BS - audio_BS.mean(1, keepdim=True)
         mean_Bk, covariance_Bkk = _window_statistics(audio_BS, weight_C1k.shape[-1], stride, lengths_B)
         weight_kC = weight_C1k[:, 0].double().t()
         bias_C = conv_bias_C.double() if conv_bias_C is not None else 0.0
@@ -59,7 +66,7 @@ def normed_first_conv(
         offset_BC = mean_Bk @ weight_kC + bias_C
         shift_BC = shift_C.double() + scale_BC * (bias_C - offset_BC)
         filters_BkC = (weight_kC * scale_BC[:, None]).to(dtype)
-        return _GeluOfWindows.apply(audio_BS.to(dtype), filters_BkC, shift_BC.to(dtype), stride, rows, result)
+        return _GeluOfWindows.apply(audio_BS.to(dtype), filters_BkC, shift_BC.to(dtype), stride, pitch, result)
 
 
 def _window_statistics(audio_BS: Tensor, kernel: int, stride: int, lengths_B: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -82,14 +89,14 @@ class _GeluOfWindows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, audio_BS: Tensor, filters_BkC: Tensor, shift_BC: Tensor, stride: int, rows: int, dtype: torch.dtype
+        ctx: Any, audio_BS: Tensor, filters_BkC: Tensor, shift_BC: Tensor, stride: int, pitch: int, dtype: torch.dtype
     ) -> Tensor:
-        """[B, S] -> [B, rows, C] in `dtype`."""
+        """[B, S] -> [B, pitch, C] in `dtype`."""
         ctx.save_for_backward(audio_BS, filters_BkC, shift_BC)
         ctx.stride = stride
         windows_BTk = audio_BS.unfold(1, filters_BkC.shape[1], stride)
         B, T, _ = windows_BTk.shape
-        out_BRC = torch.empty(B, rows, filters_BkC.shape[-1], dtype=dtype, device=audio_BS.device)
+        out_BRC = torch.empty(B, pitch, filters_BkC.shape[-1], dtype=dtype, device=audio_BS.device)
         out_BRC[:, T:] = 0
         for row, tile in _tiles(out_BRC, T):
             inside_nC = torch.addmm(shift_BC[row], windows_BTk[row, tile], filters_BkC[row])
@@ -126,15 +133,15 @@ def _tiles(buffer_BRC: Tensor, frames: int) -> Iterator[tuple[int, slice]]:
 
 
 def row_pitch(frames: int, strides: list[int]) -> int:
-    """Rows of the flat buffer for one utterance: frames of the first block, rounded up so that every stride divides."""
+    """Places of the flat buffer for an utterance: the first block's frames, rounded up so that all strides divide it."""
     multiple = math.prod(strides)
     return -(-frames // multiple) * multiple
 
 
-def flat_windows(audio_BS: Tensor, kernel: int, stride: int, rows: int) -> Tensor:
-    """Windows of k samples of all waveforms in one buffer [B x rows, k], zeros behind the last of each."""
+def flat_windows(audio_BS: Tensor, kernel: int, stride: int, pitch: int) -> Tensor:
+    """Windows of k samples of all waveforms in one buffer [B x pitch, k], zeros behind the last of each."""
     windows_BTk = audio_BS.unfold(1, kernel, stride)
-    return F.pad(windows_BTk, (0, 0, 0, rows - windows_BTk.shape[1])).flatten(0, 1)
+    return F.pad(windows_BTk, (0, 0, 0, pitch - windows_BTk.shape[1])).flatten(0, 1)
 
 
 def strided_conv(x_RI: Tensor, weight_OIk: Tensor, bias_O: Tensor | None, *, stride: int, gelu: bool) -> Tensor:
@@ -143,7 +150,8 @@ def strided_conv(x_RI: Tensor, weight_OIk: Tensor, bias_O: Tensor | None, *, str
     `stride` frames side by side are one row of a matrix that needs no copy: [R / stride, stride x I]. Its product with
     the first `stride` taps, plus that of the rows one further down with the next ones, and so on, is the convolution.
     At the end of an utterance it runs into the next one. These frames are behind the last valid one, no valid frame of
-    a later block reads them, and their gradient is 0.
+    a later block reads them, and their gradient is 0. In half precision every product is rounded before the next one is
+    added, where a convolution would round the sum.
     """
     dtype = working_dtype(weight_OIk)
     bias = None if bias_O is None else bias_O.to(dtype)
@@ -218,6 +226,12 @@ class PositionalConv(nn.Module):
             x = grouped_conv(x_BTD.to(self.bias.dtype), self.folded or self.spectrum(), self.kernel)
             return F.gelu(x + self.bias).to(x_BTD.dtype)
 
+    def train(self, mode: bool = True) -> PositionalConv:
+        """The usual; in training the weights change."""
+        if mode:
+            self.folded = None
+        return super().train(mode)
+
     def spectrum(self) -> Spectrum:
         """What the convolution multiplies with."""
         return normed_spectrum(self.weight_v, self.weight_g, self.groups)
@@ -228,9 +242,9 @@ class PositionalConv(nn.Module):
 
 
 class Spectrum(NamedTuple):
-    """The weight [D, D / G, k] of a grouped convolution at F = k + 1 frequencies: real and imaginary part.
+    """The weight [D, D / G, k] of a grouped convolution at Q = k + 1 frequencies: real and imaginary part.
 
-    Both are [F x G, D / G, D / G]: from the channels of a group to those that come out.
+    Both are [Q x G, D / G, D / G]: from the channels of a group to those that come out.
     """
 
     real: Tensor
@@ -243,51 +257,51 @@ def normed_spectrum(direction_Dek: Tensor, gain_11k: Tensor, groups: int) -> Spe
     The factors of the taps go into the small matrix of the transform rather than into the weight.
     """
     D, width, kernel = direction_Dek.shape
-    forward_2FN, _ = _fourier(kernel, direction_Dek.dtype, direction_Dek.device)
+    forward_2QW, _ = _fourier(kernel, direction_Dek.dtype, direction_Dek.device)
     taps_km = direction_Dek.view(groups, width, width, kernel).permute(3, 0, 2, 1).reshape(kernel, D * width)
     factor_k = gain_11k.flatten() / taps_km.norm(dim=1)
-    real, imaginary = ((forward_2FN[:, :kernel] * factor_k) @ taps_km).view(2, -1, width, width)
+    real, imaginary = ((forward_2QW[:, :kernel] * factor_k) @ taps_km).view(2, -1, width, width)
     return Spectrum(real, imaginary)
 
 
 def grouped_conv(x_BTD: Tensor, spectrum: Spectrum, kernel: int) -> Tensor:
     """A grouped convolution over time with kernel // 2 zeros in front: [B, T, D] -> [B, T, D].
 
-    Overlap-save: segments of N = 2k frames, each k - 1 frames into the next, go to F = k + 1 frequencies, where the
-    convolution is a product of channels, and come back; the S = k + 1 results that did not wrap around are kept. That
+    Overlap-save: segments of W = 2k frames, each k - 1 frames into the next, go to Q = k + 1 frequencies, where the
+    convolution is a product of channels, and come back; the f = k + 1 results that did not wrap around are kept. That
     is exact, and a sixth of the work for k = 128. The transforms are products with cosines and sines: at this size they
     cost little, need no complex numbers, and matrix units can make them.
     """
     B, T, D = x_BTD.shape
-    forward_2FN, inverse_S2F = _fourier(kernel, x_BTD.dtype, x_BTD.device)
-    step, size = inverse_S2F.shape[0], forward_2FN.shape[1]
+    forward_2QW, inverse_f2Q = _fourier(kernel, x_BTD.dtype, x_BTD.device)
+    step, size = inverse_f2Q.shape[0], forward_2QW.shape[1]
     segments = -(-T // step)
     padded = F.pad(x_BTD, (0, 0, kernel // 2, (segments + 1) * step - T - kernel // 2))
     blocks = padded.view(B, segments + 1, step, D)
-    segments_nND = torch.cat([blocks[:, :-1], blocks[:, 1:, : size - step]], 2).flatten(0, 1)
+    segments_nWD = torch.cat([blocks[:, :-1], blocks[:, 1:, : size - step]], 2).flatten(0, 1)
     width = spectrum.real.shape[-1]
-    # [n, 2, F x G, width], with X = real - i imaginary
-    real, imaginary = (forward_2FN @ segments_nND).view(len(segments_nND), 2, -1, width).unbind(1)
+    # [n, 2, Q x G, width], with X = real - i imaginary
+    real, imaginary = (forward_2QW @ segments_nWD).view(len(segments_nWD), 2, -1, width).unbind(1)
     real, imaginary = real.transpose(0, 1), imaginary.transpose(0, 1)
     out_real = torch.baddbmm(torch.bmm(real, spectrum.real), imaginary, spectrum.imaginary)
     out_imaginary = torch.baddbmm(torch.bmm(real, spectrum.imaginary), imaginary, spectrum.real, alpha=-1)
-    out_n2FD = torch.stack([out_real, out_imaginary]).permute(2, 0, 1, 3).reshape(len(segments_nND), -1, D)
-    return (inverse_S2F @ out_n2FD).view(B, segments * step, D)[:, :T]
+    out_n2QD = torch.stack([out_real, out_imaginary]).permute(2, 0, 1, 3).reshape(len(segments_nWD), -1, D)
+    return (inverse_f2Q @ out_n2QD).view(B, segments * step, D)[:, :T]
 
 
 @lru_cache
 def _fourier(kernel: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [2F, N] that take a segment to its frequencies, and those [S, 2F] that bring S of it back."""
+    """Cosines and sines [2Q, W] that take a segment to its frequencies, and those [f, 2Q] that bring f of it back."""
     with torch.inference_mode(False):  # training may use them after inference
         return _fourier_matrices(kernel, dtype, device)
 
 
 def _fourier_matrices(kernel: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     size = 2 * kernel
-    frequency_F = torch.arange(kernel + 1, dtype=torch.float64)
-    angle_FN = 2 * math.pi / size * frequency_F[:, None] * torch.arange(size)
-    forward = torch.cat([angle_FN.cos(), angle_FN.sin()])
-    share_F = torch.full((kernel + 1,), 2 / size, dtype=torch.float64)  # the negative frequencies are conjugates,
-    share_F[0] = share_F[-1] = 1 / size  # and these two have none
-    inverse = torch.cat([share_F[:, None] * angle_FN.cos(), -share_F[:, None] * angle_FN.sin()]).t()[: kernel + 1]
+    frequency_Q = torch.arange(kernel + 1, dtype=torch.float64)
+    angle_QW = 2 * math.pi / size * frequency_Q[:, None] * torch.arange(size)
+    forward = torch.cat([angle_QW.cos(), angle_QW.sin()])
+    share_Q = torch.full((kernel + 1,), 2 / size, dtype=torch.float64)  # the negative frequencies are conjugates,
+    share_Q[0] = share_Q[-1] = 1 / size  # and these two have none
+    inverse = torch.cat([share_Q[:, None] * angle_QW.cos(), -share_Q[:, None] * angle_QW.sin()]).t()[: kernel + 1]
     return forward.to(device, dtype), inverse.to(device, dtype).contiguous()

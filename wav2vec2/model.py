@@ -48,7 +48,7 @@ class ConvBlock(nn.Module):
         nn.init.kaiming_normal_(self.conv.weight)
         self.norm: nn.Module | None = None
         if norm == "channel":
-            self.norm = ChannelNorm(outputs, outputs)
+            self.norm = ChannelNorm(outputs)
         elif norm == "frame":
             self.norm = LayerNorm(outputs)
 
@@ -60,8 +60,8 @@ class ConvBlock(nn.Module):
         x_RC = strided_conv(x_RI, self.conv.weight, self.conv.bias, stride=self.conv.stride[0], gelu=gelu)
         return x_RC if self.norm is None else self.norm(x_RC)
 
-    def forward_audio(self, audio_BS: Tensor, lengths_B: Tensor | None, rows: int) -> tuple[Tensor, bool]:
-        """The first block, with `rows` rows for each waveform: [B x rows, C], and whether its GELU is to be taken.
+    def forward_audio(self, audio_BS: Tensor, lengths_B: Tensor | None, pitch: int) -> tuple[Tensor, bool]:
+        """The first block, with `pitch` places for each waveform: [B x pitch, C], and whether its GELU is to be taken.
 
         `lengths_B` are the frames over which a channel is normalised, None for all of them.
         """
@@ -72,10 +72,10 @@ class ConvBlock(nn.Module):
                 stride=conv.stride[0],
                 lengths_B=lengths_B,
                 eps=self.norm.eps,
-                rows=rows,
+                pitch=pitch,
             )
             return x_BRC.flatten(0, 1), False
-        windows_Rk = flat_windows(audio_BS.to(conv.weight.dtype), conv.kernel_size[0], conv.stride[0], rows)
+        windows_Rk = flat_windows(audio_BS.to(conv.weight.dtype), conv.kernel_size[0], conv.stride[0], pitch)
         x_RC = strided_conv(windows_Rk, conv.weight.transpose(1, 2), conv.bias, stride=1, gelu=False)
         return x_RC if self.norm is None else self.norm(x_RC), True
 
@@ -94,14 +94,20 @@ class FeatureExtractor(nn.Module):
             inputs = outputs
 
     def forward(self, audio_BS: Tensor, lengths_B: Tensor | None = None) -> Tensor:
-        """[B, S] -> [B, T, C]; `lengths_B` are the samples over which each row is normalised, None for all of them."""
+        """[B, S] -> [B, T, C]; `lengths_B` are the samples over which each row is normalised, None for all of them.
+
+        Raises ValueError for a waveform that is too short for a frame.
+        """
         B, S = audio_BS.shape
+        T = num_frames(S, self.conv_layers)
+        if T < 1:
+            raise ValueError(f"{S} samples are too short for a frame of this model")
         first_lengths_B = None if lengths_B is None else num_frames(lengths_B, self.conv_layers[:1])
-        rows = row_pitch(num_frames(S, self.conv_layers[:1]), [stride for _, _, stride in self.conv_layers[1:]])
-        x_RC, gelu = cast(ConvBlock, self.blocks[0]).forward_audio(audio_BS, first_lengths_B, rows)
+        pitch = row_pitch(num_frames(S, self.conv_layers[:1]), [stride for _, _, stride in self.conv_layers[1:]])
+        x_RC, gelu = cast(ConvBlock, self.blocks[0]).forward_audio(audio_BS, first_lengths_B, pitch)
         for block in self.blocks[1:]:
             x_RC, gelu = block(x_RC, gelu=gelu), True
-        x_BTC = x_RC.unflatten(0, (B, -1))[:, : num_frames(S, self.conv_layers)]
+        x_BTC = x_RC.unflatten(0, (B, -1))[:, :T]
         return F.gelu(x_BTC) if gelu else x_BTC
 
 

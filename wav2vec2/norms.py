@@ -17,8 +17,14 @@ class LayerNorm(nn.LayerNorm):
         return y.to(x.dtype)
 
 
-class ChannelNorm(nn.GroupNorm):
-    """Group norm with one group per channel; `convolutions.normed_first_conv` computes it within its convolution."""
+class ChannelNorm(nn.Module):
+    """Weights of a group norm of one group per channel, which `convolutions.normed_first_conv` computes."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.eps = 1e-5
 
 
 def valid_positions(lengths_B: Tensor, size: int) -> Tensor:

@@ -184,28 +184,28 @@ class ValidLoader:
 
 
 def copied_ahead(updates: Iterator[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:
-    """The same updates on a GPU, each copied there while the one before it computes; errors come in their turn.
+    """The same endless updates on a GPU, each copied there while the one before it computes; errors come in their turn.
 
     The copies are made on a stream of their own, and each stream waits for the other where it must, on the device:
     the computation for the copy of what is handed out, and a copy for all computation that was started before it.
     The second wait is what `Tensor.record_stream` would be for: the memory of a batch belongs to the stream that
     filled it, so once Python has let go of the batch the allocator gives it to the next copy, though the computation
-    may still be reading. Two updates lie on the device at a time. Pinned memory of the host needs no care: torch
-    keeps it until the copy is done.
+    may still be reading. Two updates lie on the device at a time, and an update is handed out when the next one has
+    come from the workers. Pinned memory of the host needs no care: torch keeps it until the copy is done.
     """
     side = torch.cuda.Stream(device)
 
-    def copy_next() -> list[Batch] | UserError:
+    def copy_next() -> list[Batch] | UserError | RuntimeError:
         try:
             update = next(updates)
-        except UserError as error:
+        except (UserError, RuntimeError) as error:  # torch tells of a dead worker by the latter
             return error
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             return [batch.to(device) for batch in update]
 
     copied = copy_next()
-    while not isinstance(copied, UserError):
+    while not isinstance(copied, (UserError, RuntimeError)):
         torch.cuda.current_stream(device).wait_stream(side)  # ahead of the next copy, which it shall not wait for
         handed_out, copied = copied, copy_next()
         yield handed_out

@@ -113,7 +113,7 @@ def first_conv(lengths: list[int] | None, weight_C1k: Tensor, gain_C: Tensor, sh
     device = weight_C1k.device
     lengths_B = None if lengths is None else torch.tensor(lengths, device=device)
     audio_BS = (0.3 * random(2, 4000) + 0.1).float().to(device)
-    options = {"stride": 5, "lengths_B": lengths_B, "eps": 1e-5, "rows": 800}
+    options = {"stride": 5, "lengths_B": lengths_B, "eps": 1e-5, "pitch": 800}
     return normed_first_conv(audio_BS, weight_C1k, None, gain_C, shift_C, **options)
 
 

@@ -60,7 +60,7 @@ SHAPES = [
 @pytest.mark.parametrize(("shape", "lengths"), SHAPES)
 def test_dropout_attention_is_its_formula_with_the_same_mask(shape, lengths, tile, monkeypatch):
     """Values and gradients; with tiles of one head, of some, of all."""
-    monkeypatch.setattr(attention, "TILE", tile)
+    monkeypatch.setattr(attention, "SIMILARITIES_AT_HAND", tile)
     case = Case(shape, lengths).with_its_mask(monkeypatch)
     found, expected = case.qkv_BTD.clone().requires_grad_(), case.qkv_BTD.clone().requires_grad_()
     y = _DropoutAttention.apply(*case.split(found), case.keys_B11T, case.p)

@@ -63,7 +63,7 @@ class First:
     def ours(self, lengths_B: Tensor | None, rows: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, list[Any]]:
         """gelu(norm(conv)) [B, rows, C], and the weights that it came from."""
         weights = self.leaves(dtype)
-        options = {"stride": self.stride, "lengths_B": lengths_B, "eps": EPS, "rows": rows}
+        options = {"stride": self.stride, "lengths_B": lengths_B, "eps": EPS, "pitch": rows}
         return normed_first_conv(self.audio_BS.to(dtype), *weights, **options), weights
 
     def by_torch(self, lengths_B: Tensor | None, dtype: torch.dtype = torch.float64) -> tuple[Tensor, list[Any]]:
@@ -129,7 +129,7 @@ def test_first_block_has_the_gradient_of_finite_differences(lengths, monkeypatch
     lengths_B = lengths and torch.tensor(lengths)
 
     def function(*weights: Tensor) -> Tensor:
-        return normed_first_conv(block.audio_BS, *weights, stride=2, lengths_B=lengths_B, eps=0.1, rows=8)
+        return normed_first_conv(block.audio_BS, *weights, stride=2, lengths_B=lengths_B, eps=0.1, pitch=8)
 
     assert torch.autograd.gradcheck(function, tuple(block.leaves(torch.float64)))
 
