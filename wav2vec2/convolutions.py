@@ -133,7 +133,7 @@ def _tiles(buffer_BRC: Tensor, frames: int) -> Iterator[tuple[int, slice]]:
 
 
 def row_pitch(frames: int, strides: list[int]) -> int:
-    """Places of the flat buffer for an utterance: the first block's frames, rounded up so that all strides divide it."""
+    """Places of the flat buffer for an utterance: frames of the first block, rounded up to what all strides divide."""
     multiple = math.prod(strides)
     return -(-frames // multiple) * multiple
 
