@@ -29,7 +29,7 @@ all_parts="$all_parts scaling"
 : "${DEVICE:=cuda}" "${SIZE:=base}" "${LARGE_SIZE:=large}" "${PRECISION:=bf16}"
 : "${HOURGLASS_CONFIG:=[2,(8,4),2]}" "${FACTORS:=1 2 3 4 5 6}"
 : "${BATCH:=40}" "${LARGE_BATCH:=20}" "${PLAIN_BATCH:=20}" "${LENGTH:=15.6}" "${MAX_TOKENS:=1400000}"
-: "${PLAIN:=contrastive quantizer first_block conv_stack positional_conv feed_forward last_layer optimizer}"
+: "${PLAIN:=contrastive quantizer first_block conv_stack positional_conv last_layer optimizer}"
 
 . "$(dirname -- "${BASH_SOURCE[0]}")/../scripts/lib.sh"
 

@@ -40,7 +40,7 @@ def bare_run(recipe: Config, device: torch.device, loader: TrainLoader | None = 
         config=recipe,
         device=device,
         task=task,
-        engine=distributed.wrap(task, device),
+        engine=distributed.wrap(task, device, bucket_cap_mb=recipe.run.bucket_cap_mb),
         optimizer=optimizer,
         schedule=lambda step: recipe.optim.lr,
         ema=Ema(recipe.optim.ema, optimizer.master_weights()),

@@ -24,7 +24,6 @@ from common.optim import Adam
 from wav2vec2.convolutions import PositionalConv
 from wav2vec2.criterion import Negatives
 from wav2vec2.dropout import Dropout
-from wav2vec2.gradients import GeluLinear
 from wav2vec2.model import ConvBlock, FeatureExtractor, GumbelQuantizer, TransformerEncoder, num_frames
 from wav2vec2.norms import ChannelNorm, at_least_fp32, valid_positions
 
@@ -144,11 +143,6 @@ def keep_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:
     return torch.empty(shape, dtype=torch.bool).bernoulli_(1 - p), 1 / (1 - p) if p < 1 else 0.0
 
 
-def feed_forward(self: GeluLinear, x: Tensor) -> Tensor:
-    """GELU, dropout and a linear layer, one after the other."""
-    return F.linear(self.dropout(F.gelu(x)), self.weight, self.bias)
-
-
 _some_frames = TransformerEncoder.forward
 
 
@@ -212,7 +206,6 @@ FORMS: dict[str, dict[str, Any]] = {  # name -> what it stands in for
     "positional_conv": {"wav2vec2.convolutions.PositionalConv.forward": positional_conv},
     "attention": {"wav2vec2.attention._DropoutAttention.apply": attention},
     "dropout": {"wav2vec2.dropout.Dropout.forward": dropout, "wav2vec2.attention.keep_mask": keep_mask},
-    "feed_forward": {"wav2vec2.gradients.GeluLinear.forward": feed_forward},
     "last_layer": {"wav2vec2.model.TransformerEncoder.forward": last_layer},
     "optimizer": {
         "common.optim.Adam.step": adam_step,

@@ -22,7 +22,7 @@ from wav2vec2.attention import SelfAttention
 from wav2vec2.config import DropoutConfig, ModelConfig
 from wav2vec2.convolutions import PositionalConv, flat_windows, normed_first_conv, row_pitch, strided_conv
 from wav2vec2.dropout import Dropout
-from wav2vec2.gradients import GeluLinear, ScaleGradient, touch
+from wav2vec2.gradients import ScaleGradient, touch
 from wav2vec2.norms import ChannelNorm, LayerNorm, at_least_fp32, valid_positions
 
 
@@ -126,9 +126,10 @@ class TransformerLayer(nn.Module):
         )
         self.self_attn_layer_norm = LayerNorm(dim)
         self.fc1 = nn.Linear(dim, config.encoder_ffn_embed_dim)
-        self.fc2 = GeluLinear(config.encoder_ffn_embed_dim, dim, dropout=dropout.activation_dropout)
+        self.fc2 = nn.Linear(config.encoder_ffn_embed_dim, dim)
         self.final_layer_norm = LayerNorm(dim)
         self.dropout = Dropout(dropout.dropout)
+        self.activation_dropout = Dropout(dropout.activation_dropout)
 
     def forward(self, x_BTD: Tensor, keys_B11T: Tensor | None = None, wanted_R: Tensor | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D], or [R, D] of the wanted frames (b x T + t); `keys_B11T` is False on padding.
@@ -143,7 +144,7 @@ class TransformerLayer(nn.Module):
         return self.final_layer_norm(x + self._feed_forward(x))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.fc2(self.fc1(x)))
+        return self.dropout(self.fc2(self.activation_dropout(F.gelu(self.fc1(x)))))
 
 
 class Downsample(nn.Module):

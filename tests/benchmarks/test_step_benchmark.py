@@ -50,7 +50,7 @@ KEYS = {
     ),
 }
 # In these forms every operation of the model is one that torch counts, and is done once.
-TEXTBOOK = ("first_block", "conv_stack", "positional_conv", "attention", "feed_forward", "last_layer")
+TEXTBOOK = ("first_block", "conv_stack", "positional_conv", "attention", "last_layer")
 PARTS = ("extractor", "encoder", "quantizer_logits", "optimizer")
 
 RUNNER = """
