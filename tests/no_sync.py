@@ -94,11 +94,11 @@ def _fills(name: str, args: Any) -> bool:
 
 
 def _place() -> str:
-    """The innermost line of the project that is being executed."""
+    """The innermost line of the project that is being executed; its environment may lie in its folder."""
     frame = sys._getframe()
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if ROOT in path.parents and path != Path(__file__):
+        if ROOT in path.parents and path != Path(__file__) and "site-packages" not in path.parts:
             return f"{path.relative_to(ROOT)}:{frame.f_lineno}"
         frame = frame.f_back
     return "?"

@@ -45,7 +45,7 @@ def test_a_training_that_fails_is_told_with_its_last_lines(code, message, capsys
         startup.seconds_to_line([sys.executable, "-c", code], re.compile("hit"))
     assert "\n" not in str(error.value)
     said = capsys.readouterr().err
-    assert said.startswith("a\n")
+    assert "a" in said.splitlines()
     assert ("ZeroDivisionError" in said) == ("1 / 0" in code)
 
 
