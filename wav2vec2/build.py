@@ -29,7 +29,7 @@ from common.precision import LossScaler, MixedPrecisionOptimizer, to_half
 from common.schedules import make_schedule
 from wav2vec2.config import Config
 from wav2vec2.logging import METRICS
-from wav2vec2.model import Wav2Vec2Ctc, Wav2Vec2Model, num_frames
+from wav2vec2.model import TransformerLayer, Wav2Vec2Ctc, Wav2Vec2Model, num_frames
 from wav2vec2.norms import ChannelNorm, LayerNorm
 from wav2vec2.run import Run
 from wav2vec2.start import find_start
@@ -182,7 +182,7 @@ def compile_regions(task: PretrainTask | FinetuneTask, *, cuda_graphs: bool) -> 
     torch._dynamo.config.recompile_limit = 32
     extractor, encoder = trunk(task.model).feature_extractor, trunk(task.model).encoder
     options: dict[str, Any] = {"mode": "reduce-overhead", "dynamic": False} if cuda_graphs else {}
-    layers = [*encoder.layers, *(getattr(encoder, "hourglass_layers", [])), *(getattr(encoder, "post_layers", []))]
+    layers = [module for module in encoder.modules() if isinstance(module, TransformerLayer)]
     for part in [*extractor.blocks[1:], *layers]:
         part.compile(**options)
     if isinstance(task, PretrainTask):
