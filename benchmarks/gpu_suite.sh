@@ -11,7 +11,7 @@
 #
 # OUT       file for the results, or a folder for gpu_suite.json (default benchmarks/results)
 # PARTS     parts to run, separated by spaces (default all): tests step_hourglass step_huggingface step_runner
-#           utterance idle step_plain step_compile hourglass step_large scaling
+#           utterance padding idle step_plain step_compile hourglass step_large scaling
 # LIMIT     seconds for all parts together (default 465)
 # ROUNDS    repetitions of every comparison (default 5; step_plain has 3)
 # CHECKOUT  NVIDIA's folder PyTorch/SpeechRecognition/wav2vec2, for step_runner, which is left out without it
@@ -23,7 +23,7 @@
 # idle MAX_TOKENS (samples of a sub-batch). The default update is one GPU's share of the Base recipe's: 8 sub-batches of
 # at most 1.4M samples, which are 5 rows of 250,000 each.
 : "${OUT:=}" "${LIMIT:=465}" "${ROUNDS:=5}" "${CHECKOUT:=}" "${NUM_GPUS:=}"
-all_parts="tests step_hourglass step_huggingface step_runner utterance idle step_plain step_compile hourglass step_large"
+all_parts="tests step_hourglass step_huggingface step_runner utterance padding idle step_plain step_compile hourglass step_large"
 all_parts="$all_parts scaling"
 : "${PARTS:=$all_parts}"
 : "${DEVICE:=cuda}" "${SIZE:=base}" "${LARGE_SIZE:=large}" "${PRECISION:=bf16}"
@@ -147,6 +147,7 @@ else
     leave_out step_runner "left out: CHECKOUT is not set"
 fi
 measure utterance 40 utterance.py --size "$SIZE"
+measure padding 40 padding.py --size "$SIZE" --batch "$BATCH" --seconds "$LENGTH"
 measure idle 60 idle.py --size "$SIZE" --hourglass "$HOURGLASS_CONFIG" --max_tokens "$MAX_TOKENS"
 # shellcheck disable=SC2086 # PLAIN is a list
 measure step_plain 120 step.py --size "$SIZE" --batch "$PLAIN_BATCH" --seconds "$LENGTH" \

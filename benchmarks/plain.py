@@ -151,11 +151,12 @@ def last_layer(
     x_BTD: Tensor,
     lengths_B: Tensor | None = None,
     *,
+    frame_lengths: Sequence[int] | None = None,
     layer: int | None = None,
     wanted_R: Tensor | None = None,
 ) -> Tensor:
     """All frames through all layers; only then are those taken that are wanted."""
-    x_BTD = _some_frames(self, x_BTD, lengths_B, layer=layer)
+    x_BTD = _some_frames(self, x_BTD, lengths_B, frame_lengths=frame_lengths, layer=layer)
     return x_BTD if wanted_R is None else x_BTD.flatten(0, 1).index_select(0, wanted_R)
 
 

@@ -191,6 +191,7 @@ def encode(
         encoded = trunk(
             source,
             lengths_B,
+            frame_lengths=batch.frame_lengths,
             norm_lengths_B=None if reference_padding else lengths_B,
             mask_BT=mask_indices,
             layer=layer,
@@ -216,8 +217,12 @@ def encode(
         found["pre_out"] = results[f"layer{before - 1}"] if before else results["before_layers"]
         found |= {name: results[name] for name in ("downsampled", "upsampled")}
         found["merged"] = inputs[f"layer{before + middle}"][0] if len(encoder.post_layers) else encoded.x
-        pooled_B11P = inputs[f"layer{before}"][1]
-        found["pooled_padding_mask"] = None if pooled_B11P is None else ~pooled_B11P[:, 0, 0]
+        keys = inputs[f"layer{before}"][1]
+        if isinstance(keys, tuple):
+            pooled_B = torch.tensor([frames for rows, frames in keys for _ in range(rows)])
+            found["pooled_padding_mask"] = ~valid_positions(pooled_B, inputs[f"layer{before}"][0].shape[1])
+        else:
+            found["pooled_padding_mask"] = None if keys is None else ~keys[:, 0, 0]
     quantizer = getattr(trunk, "quantizer", None)
     if quantizer is not None and mask_indices is None:
         codes_RG = quantizer(encoded.features_BTC.flatten(0, 1)).codes_RG

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from wav2vec2.dropout import keep_mask
 from wav2vec2.norms import at_least_fp32
 
 SIMILARITIES_AT_HAND = 2**20  # so that they stay in the cache of a CPU
+ROWS_OF_A_RUN = {"cpu": 1, "cuda": 4}  # with fewer, a GPU is not filled; there, this number is not measured
+
+Runs = tuple[tuple[int, int], ...]  # rows and valid frames of neighbours of one length
 
 
 class SelfAttention(nn.Module):
@@ -28,23 +32,50 @@ class SelfAttention(nn.Module):
         self.qkv_proj = nn.Linear(dim, 3 * dim)
         self.out_proj = nn.Linear(dim, dim)
 
-    def forward(self, x_BTD: Tensor, keys_B11T: Tensor | None = None, wanted_R: Tensor | None = None) -> Tensor:
-        """Attend to the frames whose key is True (all of them when `keys_B11T` is None).
+    def forward(self, x_BTD: Tensor, keys: Tensor | Runs | None = None, wanted_R: Tensor | None = None) -> Tensor:
+        """Attend to the frames that `keys` names, see `keys_of`.
 
-        Returns [B, T, D], or [R, D] of the wanted frames (b x T + t).
+        Returns [B, T, D], or [R, D] of the wanted frames (b x T + t); what stands at padding has no meaning.
         """
-        B, T, D = x_BTD.shape
-        q_BHTd, k_BHTd, v_BHTd = self.qkv_proj(x_BTD).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        dtype = x_BTD.dtype
+        qkv_BTX = self.qkv_proj(x_BTD)
+        y = self._by_runs(qkv_BTX, keys) if isinstance(keys, tuple) else self._attend(qkv_BTX, keys)
+        return self.out_proj(y if wanted_R is None else y.flatten(0, 1).index_select(0, wanted_R))
+
+    def _by_runs(self, qkv_BTX: Tensor, runs: Runs) -> Tensor:
+        """Every run of rows by itself and without its padding: [B, T, D], 0 at padding.
+
+        Exact, because a key that is masked has the weight 0; without a mask the kernels for whole sequences serve.
+        """
+        T = qkv_BTX.shape[1]
+        parts = zip(runs, qkv_BTX.split([rows for rows, _ in runs]), strict=True)
+        return torch.cat([F.pad(self._attend(part[:, :t]), (0, 0, 0, T - t)) for (_, t), part in parts])
+
+    def _attend(self, qkv_BTX: Tensor, keys_B11T: Tensor | None = None) -> Tensor:
+        """Queries, keys and values [B, T, 3 D] -> [B, T, D]."""
+        q_BHTd, k_BHTd, v_BHTd = qkv_BTX.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        dtype = qkv_BTX.dtype
         if self.fp32_softmax:
             q_BHTd, k_BHTd, v_BHTd = q_BHTd.float(), k_BHTd.float(), v_BHTd.float()
         dropout = self.dropout if self.training else 0.0
-        if dropout and x_BTD.device.type == "cpu" and not torch.compiler.is_compiling():
+        if dropout and qkv_BTX.device.type == "cpu" and not torch.compiler.is_compiling():
             y_BHTd = _DropoutAttention.apply(q_BHTd, k_BHTd, v_BHTd, keys_B11T, dropout)
         else:
             y_BHTd = F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, attn_mask=keys_B11T, dropout_p=dropout)
-        y = y_BHTd.to(dtype).transpose(1, 2).reshape(B, T, D)
-        return self.out_proj(y if wanted_R is None else y.flatten(0, 1).index_select(0, wanted_R))
+        return y_BHTd.to(dtype).transpose(1, 2).flatten(2)
+
+
+def keys_of(valid_BT: Tensor | None, lengths: Sequence[int] | None) -> Tensor | Runs | None:
+    """The frames that can be attended to: None for all, runs where the host knows the lengths, or a mask [B, 1, 1, T].
+
+    Joined sub-batches are runs of rows of one length. Where runs are so short that they do not pay, it is the mask.
+    """
+    if valid_BT is None:
+        return None
+    if lengths is not None:
+        runs = tuple((len(list(rows)), length) for length, rows in groupby(lengths))
+        if len(lengths) >= ROWS_OF_A_RUN[valid_BT.device.type] * len(runs):
+            return runs
+    return valid_BT[:, None, None]
 
 
 class _DropoutAttention(torch.autograd.Function):

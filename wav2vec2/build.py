@@ -181,6 +181,7 @@ def compile_regions(task: PretrainTask | FinetuneTask, *, cuda_graphs: bool) -> 
     # With and without wanted frames, keys and gradients, one row or more, fixed and free lengths: beyond torch's 8.
     torch._dynamo.config.recompile_limit = 32
     extractor, encoder = trunk(task.model).feature_extractor, trunk(task.model).encoder
+    encoder.knows_lengths = False
     options: dict[str, Any] = {"mode": "reduce-overhead", "dynamic": False} if cuda_graphs else {}
     layers = [module for module in encoder.modules() if isinstance(module, TransformerLayer)]
     for part in [*extractor.blocks[1:], *layers]:

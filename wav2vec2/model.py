@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from wav2vec2.attention import SelfAttention
+from wav2vec2.attention import Runs, SelfAttention, keys_of
 from wav2vec2.config import DropoutConfig, ModelConfig
 from wav2vec2.convolutions import PositionalConv, flat_windows, normed_first_conv, row_pitch, strided_conv
 from wav2vec2.dropout import Dropout
@@ -131,16 +131,16 @@ class TransformerLayer(nn.Module):
         self.dropout = Dropout(dropout.dropout)
         self.activation_dropout = Dropout(dropout.activation_dropout)
 
-    def forward(self, x_BTD: Tensor, keys_B11T: Tensor | None = None, wanted_R: Tensor | None = None) -> Tensor:
-        """[B, T, D] -> [B, T, D], or [R, D] of the wanted frames (b x T + t); `keys_B11T` is False on padding.
+    def forward(self, x_BTD: Tensor, keys: Tensor | Runs | None = None, wanted_R: Tensor | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D], or [R, D] of the wanted frames (b x T + t); `keys` are those of SelfAttention.
 
         Only attention mixes frames: what follows it is computed for the wanted ones alone.
         """
         x = x_BTD if wanted_R is None else x_BTD.flatten(0, 1).index_select(0, wanted_R)
         if self.layer_norm_first:
-            x = x + self.dropout(self.self_attn(self.self_attn_layer_norm(x_BTD), keys_B11T, wanted_R))
+            x = x + self.dropout(self.self_attn(self.self_attn_layer_norm(x_BTD), keys, wanted_R))
             return x + self._feed_forward(self.final_layer_norm(x))
-        x = self.self_attn_layer_norm(x + self.dropout(self.self_attn(x_BTD, keys_B11T, wanted_R)))
+        x = self.self_attn_layer_norm(x + self.dropout(self.self_attn(x_BTD, keys, wanted_R)))
         return self.final_layer_norm(x + self._feed_forward(x))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
@@ -203,6 +203,7 @@ class TransformerEncoder(nn.Module):
         self.num_layers = before + middle + after
         self.kept = [True] * self.num_layers  # LayerDrop's draw of this update, set by the task
         self.checkpoint_activations = False  # set where the run is built
+        self.knows_lengths = True  # not where layers are compiled: every set of lengths would be compiled in
         self.apply(_init_transformer)
 
     def forward(
@@ -210,13 +211,15 @@ class TransformerEncoder(nn.Module):
         x_BTD: Tensor,
         lengths_B: Tensor | None = None,
         *,
+        frame_lengths: Sequence[int] | None = None,
         layer: int | None = None,
         wanted_R: Tensor | None = None,
     ) -> Tensor:
         """[B, T, D] -> [B, T, D], or [R, D] of the wanted frames (b x T + t).
 
-        `lengths_B` are valid frames per row (None when nothing is padded). With `layer` the result is that of the layer
-        with this index, without a final norm; inside the Hourglass only layers after the lengthening can be asked for.
+        `lengths_B` are valid frames per row (None when nothing is padded), `frame_lengths` the same on the host
+        where they are known. With `layer` the result is that of the layer with this index, without a final norm; inside
+        the Hourglass only layers after the lengthening can be asked for.
         """
         if layer is not None and self.has_hourglass and layer < self.num_layers - len(self.post_layers):
             raise ValueError(f"layer {layer}: lies before the end of the Hourglass; ask for a later one")
@@ -225,46 +228,46 @@ class TransformerEncoder(nn.Module):
         x_BTD = x_BTD + self.pos_conv(x_BTD)
         if not self.layer_norm_first:
             x_BTD = self.layer_norm(x_BTD)
-        x = self._run(self.layers, self.dropout(x_BTD), valid_BT, 0, layer, wanted_R)
+        lengths = frame_lengths if self.knows_lengths else None
+        keys = keys_of(valid_BT, lengths)
+        x = self._run(self.layers, self.dropout(x_BTD), keys, 0, layer, wanted_R)
         if self.has_hourglass:
-            x = x + self._hourglass(x, valid_BT)
+            x = x + self._hourglass(x, valid_BT, lengths)
             first = self.num_layers - len(self.post_layers)
-            x = self._run(self.post_layers, x, valid_BT, first, layer, wanted_R)
+            x = self._run(self.post_layers, x, keys, first, layer, wanted_R)
         if wanted_R is not None and x.dim() == 3:  # no layer was there to choose them
             x = x.flatten(0, 1).index_select(0, wanted_R)
         if self.layer_norm_first and layer is None:
             x = self.layer_norm(x)
         return x
 
-    def _hourglass(self, x_BTD: Tensor, valid_BT: Tensor | None) -> Tensor:
+    def _hourglass(self, x_BTD: Tensor, valid_BT: Tensor | None, lengths: Sequence[int] | None) -> Tensor:
         """The middle layers on the shortened sequence, brought back to the length of x."""
         T = x_BTD.shape[1]
         pad = -T % self.factor
         # Padding must not enter the last pooled frame of a row: it counts as zeros there, as behind a row run alone.
         x_BPD = self.downsample(F.pad(_zero_padding(x_BTD, valid_BT), (0, 0, 0, pad)))
-        valid_BP = None
-        if valid_BT is not None:
-            valid_BP = F.pad(valid_BT, (0, pad)).unflatten(1, (-1, self.factor)).any(-1)
-        x_BPD = self._run(self.hourglass_layers, x_BPD, valid_BP, len(self.layers))
+        valid_BP = None if valid_BT is None else F.pad(valid_BT, (0, pad)).unflatten(1, (-1, self.factor)).any(-1)
+        keys = keys_of(valid_BP, lengths and [-(-length // self.factor) for length in lengths])
+        x_BPD = self._run(self.hourglass_layers, x_BPD, keys, len(self.layers))
         return self.upsample(x_BPD)[:, :T]
 
     def _run(
         self,
         layers: nn.ModuleList,
         x: Tensor,
-        valid_BT: Tensor | None,
+        keys: Tensor | Runs | None,
         first: int,
         last: int | None = None,
         wanted_R: Tensor | None = None,
     ) -> Tensor:
-        keys_B11T = None if valid_BT is None else valid_BT[:, None, None]
         for index, layer in enumerate(layers, start=first):
             if last is not None and index > last:
                 break
             if self.training and not self.kept[index]:
                 x = touch(x, layer)
                 continue
-            arguments = x, keys_B11T, wanted_R if index == self.num_layers - 1 else None
+            arguments = x, keys, wanted_R if index == self.num_layers - 1 else None
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(layer, *arguments, use_reentrant=False)
             else:
@@ -397,6 +400,7 @@ class Wav2Vec2Model(nn.Module):
         audio_BS: Tensor,
         lengths_B: Tensor | None = None,
         *,
+        frame_lengths: Sequence[int] | None = None,
         norm_lengths_B: Tensor | None = None,
         mask_BT: Tensor | None = None,
         channel_mask_BD: Tensor | None = None,
@@ -408,7 +412,7 @@ class Wav2Vec2Model(nn.Module):
         `lengths_B`: valid samples per row, None when nothing is padded. `norm_lengths_B`: samples over which the
         channel norm averages, None for the whole row: give it `lengths_B` for results that no padding can change.
         `mask_BT`: frames to hide behind the mask embedding; `channel_mask_BD`: channels to set to zero.
-        `layer`, `wanted_R`: see TransformerEncoder.
+        `frame_lengths`, `layer`, `wanted_R`: see TransformerEncoder.
         """
         conv_BTC = self._extract(audio_BS, norm_lengths_B)
         features_BTC = self.layer_norm(conv_BTC)
@@ -418,7 +422,7 @@ class Wav2Vec2Model(nn.Module):
         if channel_mask_BD is not None:
             x_BTD = x_BTD.masked_fill(channel_mask_BD[:, None], 0)
         frame_lengths_B = None if lengths_B is None else self.num_frames(lengths_B)
-        x = self.encoder(x_BTD, frame_lengths_B, layer=layer, wanted_R=wanted_R)
+        x = self.encoder(x_BTD, frame_lengths_B, frame_lengths=frame_lengths, layer=layer, wanted_R=wanted_R)
         return Encoded(x, features_BTC, conv_BTC, frame_lengths_B)
 
     def _extract(self, audio_BS: Tensor, norm_lengths_B: Tensor | None) -> Tensor:
@@ -466,6 +470,7 @@ class Wav2Vec2Ctc(nn.Module):
         audio_BS: Tensor,
         lengths_B: Tensor | None = None,
         *,
+        frame_lengths: Sequence[int] | None = None,
         norm_lengths_B: Tensor | None = None,
         mask_BT: Tensor | None = None,
         channel_mask_BD: Tensor | None = None,
@@ -475,6 +480,7 @@ class Wav2Vec2Ctc(nn.Module):
             encoded = self.w2v(
                 audio_BS,
                 lengths_B,
+                frame_lengths=frame_lengths,
                 norm_lengths_B=norm_lengths_B,
                 mask_BT=mask_BT,
                 channel_mask_BD=channel_mask_BD,

@@ -166,6 +166,7 @@ class PretrainTask(nn.Module):
             encoded = model(
                 batch.audio_BS,
                 batch.lengths_B if batch.padded else None,
+                frame_lengths=batch.frame_lengths,
                 norm_lengths_B=norm_lengths(batch, reference_padding=self.reference_padding),
                 mask_BT=batch.mask_BT,
                 channel_mask_BD=batch.channel_mask_BD,
@@ -348,6 +349,7 @@ class FinetuneTask(nn.Module):
         logits_BTK, _ = self.model(
             batch.audio_BS,
             batch.lengths_B if batch.padded else None,
+            frame_lengths=batch.frame_lengths,
             norm_lengths_B=norm_lengths(batch, reference_padding=self.reference_padding),
             mask_BT=batch.mask_BT,
             channel_mask_BD=batch.channel_mask_BD,

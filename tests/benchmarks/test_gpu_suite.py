@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from benchmarks import hourglass, idle, join_results, plain, scaling, step, utterance
+from benchmarks import hourglass, idle, join_results, padding, plain, scaling, step, utterance
 from common.errors import ConfigError, TrainingError
 
-PROGRAMS = (step, hourglass, scaling, utterance, idle)
+PROGRAMS = (step, hourglass, scaling, utterance, padding, idle)
 SUITE = ROOT / "benchmarks" / "gpu_suite.sh"
 BASH = os.environ.get("TEST_BASH") or shutil.which("bash") or "bash"
 PARTS = [
-    *("tests", "step_hourglass", "step_huggingface", "step_runner", "utterance", "idle"),
+    *("tests", "step_hourglass", "step_huggingface", "step_runner", "utterance", "padding", "idle"),
     *("step_plain", "step_compile", "hourglass", "step_large", "scaling"),
 ]
 SETTINGS = {
@@ -94,13 +94,14 @@ def test_commands_are_those_that_the_programs_accept(suite, tmp_path):
         found = parsers[Path(program).name](flags)
         taken.append(found[0] if isinstance(found, tuple) else found)
     assert {(options.device, options.precision) for options in taken} == {("cuda", "bf16")}
-    base, peer, runner, one, loading, forms, compiled, factors, large, ranks = taken
+    base, peer, runner, one, padded, loading, forms, compiled, factors, large, ranks = taken
     for options in (base, peer, runner, compiled, factors, large, ranks):
         assert (options.seconds, options.rounds) == (15.6, 5)
         # 8 sub-batches of at most 1.4 M samples, in rows of 250,000
         assert options.size == "large" or options.batch == 8 * (1_400_000 // 250_000)
     assert (loading.num_concat_batches, loading.max_tokens, loading.max_sample_size) == (8, 1_400_000, 250_000)
     assert (one.size, one.batch, one.seconds) == ("base", 1, 6.54)
+    assert (padded.batch, padded.seconds) == (base.batch, base.seconds)
     assert set(forms.plain) == set(plain.FORMS) - set(plain.CPU_ONLY)
     assert [options.compile for options in (base, forms, compiled)] == [False, False, True]
     assert compiled.hourglass_transformer == forms.hourglass_transformer == loading.hourglass_transformer

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wav2vec2 import attention
-from wav2vec2.attention import SelfAttention, _DropoutAttention
+from wav2vec2.attention import SelfAttention, _DropoutAttention, keys_of
 
 DOUBLE = {"dtype": torch.float64}
 
@@ -143,3 +143,51 @@ def test_evaluation_drops_nothing():
     torch.testing.assert_close(module(x_BTD), module(x_BTD), rtol=0, atol=0)
     module.train()
     assert not torch.equal(module(x_BTD), module(x_BTD))
+
+
+LENGTHS = [(9, 9, 9), (9, 9, 5, 5, 5, 1), (4, 9, 4, 9), (6, 6)]  # the last: padding behind every row
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1e-12])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_runs_give_valid_frames_what_a_mask_gives_them(lengths, dropout):
+    """Values of the valid frames, and all gradients of a loss of them; `dropout` so rare that none happens."""
+    torch.manual_seed(0)
+    B, T = len(lengths), 9
+    module = SelfAttention(12, 3, dropout=dropout).double()
+    valid_BT = torch.arange(T) < torch.tensor(lengths)[:, None]
+    dy_BTD = torch.randn(B, T, 12, **DOUBLE) * valid_BT[..., None]
+    found = []
+    for keys in (keys_of(valid_BT, lengths), valid_BT[:, None, None]):
+        x_BTD = torch.randn(B, T, 12, generator=torch.Generator().manual_seed(1), **DOUBLE).requires_grad_()
+        module.zero_grad()
+        y_BTD = module(x_BTD, keys)
+        y_BTD.backward(dy_BTD)
+        found.append([y_BTD[valid_BT], x_BTD.grad, *(weight.grad for weight in module.parameters())])
+    assert isinstance(keys_of(valid_BT, lengths), tuple)
+    for run, mask in zip(*found, strict=True):
+        torch.testing.assert_close(run, mask, rtol=1e-9, atol=1e-11)
+
+
+def test_without_a_mask_of_keys_no_kernel_sees_one(monkeypatch):
+    """What lets a GPU take its kernel for whole sequences: joined sub-batches of two lengths, each in one call."""
+    calls = []
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def recorded(q, k, v, attn_mask, dropout_p):
+        calls.append((tuple(q.shape), attn_mask))
+        return original(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", recorded)
+    valid_BT = torch.arange(9) < torch.tensor([9, 9, 5, 5, 5])[:, None]
+    SelfAttention(12, 3)(torch.randn(5, 9, 12), keys_of(valid_BT, (9, 9, 5, 5, 5)))
+    assert calls == [((2, 3, 9, 4), None), ((3, 3, 5, 4), None)]
+
+
+def test_a_mask_serves_where_runs_do_not_pay(monkeypatch):
+    valid_BT = torch.arange(4) < torch.tensor([4, 4, 4, 2])[:, None]
+    assert keys_of(None, (4, 4)) is None
+    assert keys_of(valid_BT, None).equal(valid_BT[:, None, None])
+    assert keys_of(valid_BT, (4, 4, 4, 2)) == ((3, 4), (1, 2))
+    monkeypatch.setitem(attention.ROWS_OF_A_RUN, "cpu", 3)
+    assert keys_of(valid_BT, (4, 4, 4, 2)).equal(valid_BT[:, None, None])
