@@ -11,23 +11,23 @@
 #
 # OUT       file for the results, or a folder for gpu_suite.json (default benchmarks/results)
 # PARTS     parts to run, separated by spaces (default all): tests step_hourglass step_huggingface step_runner
-#           utterance padding idle step_plain step_compile hourglass step_large scaling
+#           hourglass utterance idle step_plain step_compile padding step_large scaling
 # LIMIT     seconds for all parts together (default 465)
 # ROUNDS    repetitions of every comparison (default 5; step_plain has 3)
 # CHECKOUT  NVIDIA's folder PyTorch/SpeechRecognition/wav2vec2, for step_runner, which is left out without it
 # NUM_GPUS  processes for scaling, which needs 2 (default: all visible CUDA devices)
 # PYTHON    interpreter
 #
-# What is measured: DEVICE, SIZE, LARGE_SIZE, HOURGLASS_CONFIG, FACTORS, PLAIN (names of benchmarks/plain.py), PRECISION,
-# BATCH, LARGE_BATCH and PLAIN_BATCH (rows; all of step_plain are in memory together), LENGTH (seconds of a row), and for
+# What is measured: DEVICE, SIZE, LARGE_SIZE, HOURGLASS_CONFIG, FACTORS, NUM_LENGTHS (of padded rows), PLAIN (names of
+# benchmarks/plain.py), PRECISION, BATCH, LARGE_BATCH and PLAIN_BATCH (rows; all of step_plain are in memory together), LENGTH (seconds of a row), and for
 # idle MAX_TOKENS (samples of a sub-batch). The default update is one GPU's share of the Base recipe's: 8 sub-batches of
 # at most 1.4M samples, which are 5 rows of 250,000 each.
 : "${OUT:=}" "${LIMIT:=465}" "${ROUNDS:=5}" "${CHECKOUT:=}" "${NUM_GPUS:=}"
-all_parts="tests step_hourglass step_huggingface step_runner utterance padding idle step_plain step_compile hourglass step_large"
-all_parts="$all_parts scaling"
+all_parts="tests step_hourglass step_huggingface step_runner hourglass utterance idle step_plain step_compile padding"
+all_parts="$all_parts step_large scaling"
 : "${PARTS:=$all_parts}"
 : "${DEVICE:=cuda}" "${SIZE:=base}" "${LARGE_SIZE:=large}" "${PRECISION:=bf16}"
-: "${HOURGLASS_CONFIG:=[2,(8,4),2]}" "${FACTORS:=1 2 3 4 5 6}"
+: "${HOURGLASS_CONFIG:=[2,(8,4),2]}" "${FACTORS:=1 2 3 4 5 6}" "${NUM_LENGTHS:=4 8 16 40}"
 : "${BATCH:=40}" "${LARGE_BATCH:=20}" "${PLAIN_BATCH:=20}" "${LENGTH:=15.6}" "${MAX_TOKENS:=1400000}"
 : "${PLAIN:=contrastive quantizer first_block conv_stack positional_conv last_layer optimizer}"
 
@@ -146,15 +146,16 @@ if [ -n "$CHECKOUT" ]; then
 else
     leave_out step_runner "left out: CHECKOUT is not set"
 fi
+# shellcheck disable=SC2086 # FACTORS is a list
+compare hourglass 160 hourglass.py --size "$SIZE" --batch "$BATCH" --factors $FACTORS
 measure utterance 40 utterance.py --size "$SIZE"
-measure padding 40 padding.py --size "$SIZE" --batch "$BATCH" --seconds "$LENGTH"
 measure idle 60 idle.py --size "$SIZE" --hourglass "$HOURGLASS_CONFIG" --max_tokens "$MAX_TOKENS"
 # shellcheck disable=SC2086 # PLAIN is a list
 measure step_plain 120 step.py --size "$SIZE" --batch "$PLAIN_BATCH" --seconds "$LENGTH" \
     --hourglass "$HOURGLASS_CONFIG" --rounds 3 --steps 3 --plain $PLAIN
 compare step_compile 90 step.py --size "$SIZE" --batch "$BATCH" --hourglass "$HOURGLASS_CONFIG" --compile
-# shellcheck disable=SC2086 # FACTORS is a list
-compare hourglass 160 hourglass.py --size "$SIZE" --batch "$BATCH" --factors $FACTORS
+# shellcheck disable=SC2086 # NUM_LENGTHS is a list
+measure padding 40 padding.py --size "$SIZE" --batch "$BATCH" --seconds "$LENGTH" --groups $NUM_LENGTHS
 compare step_large 110 step.py --size "$LARGE_SIZE" --batch "$LARGE_BATCH"
 if [ "$NUM_GPUS" -gt 1 ]; then
     compare scaling 120 scaling.py --size "$SIZE" --batch "$BATCH" --hourglass "$HOURGLASS_CONFIG" --passes 1

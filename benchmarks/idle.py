@@ -189,6 +189,7 @@ def time_steps(run: Run, steps: int) -> tuple[float, int]:
         batches = run.train_loader.next_update(run.device)
         run.progress.step += train.train_step(run, batches, run.progress.step)
         frames += sum(batch.num_frames for batch in batches)
+        del batches  # before the next ones come, as in train.train
     return _now(run.device) - begin, frames
 
 

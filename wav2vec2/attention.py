@@ -57,10 +57,11 @@ class SelfAttention(nn.Module):
         if self.fp32_softmax:
             q_BHTd, k_BHTd, v_BHTd = q_BHTd.float(), k_BHTd.float(), v_BHTd.float()
         dropout = self.dropout if self.training else 0.0
-        if dropout and qkv_BTX.device.type == "cpu" and not torch.compiler.is_compiling():
-            y_BHTd = _DropoutAttention.apply(q_BHTd, k_BHTd, v_BHTd, keys_B11T, dropout)
-        else:
-            y_BHTd = F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, attn_mask=keys_B11T, dropout_p=dropout)
+        with torch.autocast(qkv_BTX.device.type, enabled=False):  # it would round what is to stay in fp32
+            if dropout and qkv_BTX.device.type == "cpu" and not torch.compiler.is_compiling():
+                y_BHTd = _DropoutAttention.apply(q_BHTd, k_BHTd, v_BHTd, keys_B11T, dropout)
+            else:
+                y_BHTd = F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, attn_mask=keys_B11T, dropout_p=dropout)
         return y_BHTd.to(dtype).transpose(1, 2).flatten(2)
 
 

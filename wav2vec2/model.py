@@ -228,6 +228,12 @@ class TransformerEncoder(nn.Module):
         x_BTD = x_BTD + self.pos_conv(x_BTD)
         if not self.layer_norm_first:
             x_BTD = self.layer_norm(x_BTD)
+        if frame_lengths is not None and (
+            len(frame_lengths) != len(x_BTD) or not 0 < min(frame_lengths) <= max(frame_lengths) <= x_BTD.shape[1]
+        ):
+            raise ValueError(
+                f"frame_lengths {frame_lengths}: needs 1 to {x_BTD.shape[1]} for each of {len(x_BTD)} rows"
+            )
         lengths = frame_lengths if self.knows_lengths else None
         keys = keys_of(valid_BT, lengths)
         x = self._run(self.layers, self.dropout(x_BTD), keys, 0, layer, wanted_R)

@@ -94,7 +94,7 @@ def test_commands_are_those_that_the_programs_accept(suite, tmp_path):
         found = parsers[Path(program).name](flags)
         taken.append(found[0] if isinstance(found, tuple) else found)
     assert {(options.device, options.precision) for options in taken} == {("cuda", "bf16")}
-    base, peer, runner, one, padded, loading, forms, compiled, factors, large, ranks = taken
+    base, peer, runner, factors, one, loading, forms, compiled, padded, large, ranks = taken
     for options in (base, peer, runner, compiled, factors, large, ranks):
         assert (options.seconds, options.rounds) == (15.6, 5)
         # 8 sub-batches of at most 1.4 M samples, in rows of 250,000
@@ -102,6 +102,7 @@ def test_commands_are_those_that_the_programs_accept(suite, tmp_path):
     assert (loading.num_concat_batches, loading.max_tokens, loading.max_sample_size) == (8, 1_400_000, 250_000)
     assert (one.size, one.batch, one.seconds) == ("base", 1, 6.54)
     assert (padded.batch, padded.seconds) == (base.batch, base.seconds)
+    assert {base.batch // number for number in padded.groups} >= {10, 1}
     assert set(forms.plain) == set(plain.FORMS) - set(plain.CPU_ONLY)
     assert [options.compile for options in (base, forms, compiled)] == [False, False, True]
     assert compiled.hourglass_transformer == forms.hourglass_transformer == loading.hourglass_transformer

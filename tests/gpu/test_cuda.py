@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -39,7 +40,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-SIZES = [[6000, 6000], [5000, 5000, 5000]]
+SIZES = [[6000] * 4, [5000] * 4]  # enough rows of one length for attention by runs
 
 
 @pytest.fixture(autouse=True)
@@ -50,14 +51,18 @@ def exact_products():
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = allowed
 
 
+@pytest.mark.parametrize("by_runs", [False, True], ids=["mask", "runs"])
 @pytest.mark.parametrize("config", [HOURGLASS, LARGE], ids=["hourglass", "large"])
-def test_encoder_gives_the_same_on_the_gpu_as_on_the_cpu(config):
+def test_encoder_gives_the_same_on_the_gpu_as_on_the_cpu(config, by_runs):
     torch.manual_seed(0)
     model = Wav2Vec2Model(config, NO_DROPOUT).eval()
     made = batch(model, SIZES)
-    expected = model(made.audio_BS, made.lengths_B, norm_lengths_B=made.lengths_B, mask_BT=made.mask_BT)
+    lengths = made.frame_lengths if by_runs else None
     moved = made.to("cuda")
-    found = model.cuda()(moved.audio_BS, moved.lengths_B, norm_lengths_B=moved.lengths_B, mask_BT=moved.mask_BT)
+    expected, found = (
+        one(some.audio_BS, some.lengths_B, frame_lengths=lengths, norm_lengths_B=some.lengths_B, mask_BT=some.mask_BT)
+        for one, some in ((model, made), (copy.deepcopy(model).cuda(), moved))
+    )
     for row, frames in enumerate(made.frame_lengths):
         torch.testing.assert_close(found.x[row, :frames].cpu(), expected.x[row, :frames], atol=1e-4, rtol=1e-4)
 
@@ -371,13 +376,15 @@ def test_checkpointed_activations_lower_the_peak_of_a_step():
     assert peak(checkpoint_activations=True) < 0.7 * peak()
 
 
-def test_flash_attention_is_what_training_without_padding_uses():
+def test_flash_attention_is_what_training_without_padding_within_sub_batches_uses():
     dropout = DropoutConfig(dropout=0.1, attention_dropout=0.1)
     run = pretraining_run(size="small", precision="bf16", dropout=dropout)
     made = batch(run.task.model, [[16000] * 3])
     assert not made.padded
+    joined = batch(run.task.model, [[16000] * 4, [12000] * 4])
+    assert joined.padded
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):  # any other kernel is an error
-        assert all(loss > 0 for loss in losses(run, [made, made]))
+        assert all(loss > 0 for loss in losses(run, [made, made, joined]))
         with pytest.raises(RuntimeError, match="[Nn]o available kernel"):  # it has none for fp32
             losses(pretraining_run(size="small", dropout=dropout), [made])
 

@@ -112,12 +112,15 @@ def test_self_attention_is_its_formula_in_both_forms(dropout, lengths):
     torch.testing.assert_close(module(x_BTD, keys, wanted_R), expected.flatten(0, 1)[wanted_R], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("amp", [False, True])
 @pytest.mark.parametrize("fp32_softmax", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_dropout_attention_in_half_precision_is_as_exact_as_without_dropout(dtype, fp32_softmax):
+def test_dropout_attention_in_half_precision_is_as_exact_as_without_dropout(dtype, fp32_softmax, amp):
     """The mean error over the same module in float64; torch's own attention makes that of evaluation."""
     torch.manual_seed(0)
     module = SelfAttention(32, 4, dropout=1e-12, fp32_softmax=fp32_softmax).to(dtype)
+    with torch.no_grad():
+        module.qkv_proj.weight.mul_(4)  # sharp attention, where rounded similarities would show
     exact = SelfAttention(32, 4).double()
     exact.load_state_dict(module.state_dict())
     x_BTD = torch.randn(2, 40, 32).to(dtype)
@@ -126,7 +129,8 @@ def test_dropout_attention_in_half_precision_is_as_exact_as_without_dropout(dtyp
     def run(one: SelfAttention, dtype: torch.dtype) -> list[Tensor]:
         x = x_BTD.to(dtype).requires_grad_()
         one.zero_grad()
-        y = one(x)
+        with torch.autocast("cpu", dtype if amp else torch.bfloat16, enabled=amp and dtype != torch.float64):
+            y = one(x)
         y.backward(dy.to(dtype))
         return [value.detach().double() for value in (y, x.grad, *(weight.grad for weight in one.parameters()))]
 
