@@ -48,6 +48,7 @@ from common.data.dataset import Sample
 from common.data.loader import BatchMaker, TrainLoader
 from common.data.masking import SpanMasking
 from common.data.sampler import UpdateSampler
+from common.data.watch import BadFiles
 from common.entry import run_program
 from common.flags import flag
 from utils import librispeech_lengths
@@ -149,6 +150,8 @@ def noise_loader(options: IdleFlags, recipe: Config) -> TrainLoader:
         update_freq=1,
         num_workers=options.num_workers,
         pin_memory=options.device == "cuda",
+        sample_rate=recipe.model.sample_rate,
+        bad_files=BadFiles(None, utterances=len(sizes), max_share=0.0),
     )
 
 
@@ -163,11 +166,11 @@ def measure(options: IdleFlags, recipe: Config, device: torch.device) -> dict[st
     run = bare_run(recipe, device, loader)
     time_steps(run, options.warmup)
     unprofiled, frames = time_steps(run, options.steps)
-    loader.take_wait_seconds()
+    loader.take_work()
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
         profiled, _ = time_steps(run, options.steps)
-    waited = loader.take_wait_seconds()
+    waited = loader.take_work().waited
     loader.close()
     busy = union_length(work_intervals(profiler.events() or ())) / 1e6 if on_gpu else None
     taken = {name: value for name, value in flags.to_dict(options).items() if name not in ("json", "debug")}

@@ -169,12 +169,16 @@ def set_threads(device: torch.device) -> None:
 
     Several processes that each use every core are many times slower than one thread each.
     """
-    local_processes = _environment_number("LOCAL_WORLD_SIZE", 1)
-    if device.type == "cpu" and local_processes > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, _usable_cores() // local_processes))
+    if device.type == "cpu" and local_processes() > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, usable_cores() // local_processes()))
 
 
-def _usable_cores() -> int:
+def local_processes() -> int:
+    """Training processes on this machine."""
+    return _environment_number("LOCAL_WORLD_SIZE", 1)
+
+
+def usable_cores() -> int:
     """Cores this process may run on (fewer than the machine has in a container or under a scheduler)."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -69,8 +69,24 @@ add bucket_cap_mb BUCKET_CAP_MB
 
 # Data
 add data FILELISTS_DIR
-add train_subset TRAIN_SUBSET
+# shards say themselves what is trained on
+if [ -z "${TARRED_FILEPATHS:-}" ]; then add train_subset TRAIN_SUBSET; fi
 add valid_subset VALID_SUBSET
+add manifest_format MANIFEST_FORMAT
+add dataset_weights DATASET_WEIGHTS
+add dataset_temperature DATASET_TEMPERATURE
+add tarred_filepaths TARRED_FILEPATHS
+add_switch is_tarred IS_TARRED
+add_switch streaming STREAMING
+add epoch_size EPOCH_SIZE
+add shuffle_n SHUFFLE_N
+add on_bad_file ON_BAD_FILE
+add max_bad_share MAX_BAD_SHARE
+add min_duration MIN_DURATION
+add max_duration MAX_DURATION
+add_switch trim_silence TRIM_SILENCE
+add num_batch_buckets NUM_BATCH_BUCKETS
+add bucketing_strategy BUCKETING_STRATEGY
 add num_workers NUM_WORKERS
 add max_tokens MAX_TOKENS
 add max_tokens_valid MAX_TOKENS_VALID
@@ -140,6 +156,7 @@ if [ "$mode" = pretrain ]; then
         add conv_pos CONV_POS
         add conv_pos_groups CONV_POS_GROUPS
         add final_dim FINAL_DIM
+        add sample_rate SAMPLE_RATE
         add latent_vars LATENT_VARS
         add latent_groups LATENT_GROUPS
         add latent_dim LATENT_DIM
@@ -152,6 +169,8 @@ if [ "$mode" = pretrain ]; then
     add_list latent_temp LATENT_TEMP
     add_list loss_weights LOSS_WEIGHTS
     add_switch enable_padding ENABLE_PADDING
+    add join_short JOIN_SHORT
+    add random_segment_sec RANDOM_SEGMENT_SEC
 else
     # a run that goes on has its model already
     if [ -z "${RESUME_FROM:-}" ]; then add w2v_path PRETRAINED_MODEL; fi

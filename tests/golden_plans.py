@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from common import schedules
-from common.data import batching, masking
+from common.data import batching, buckets, masking
 from common.data.collate import Collator
 from common.data.dataset import Sample
 from common.data.sampler import PlannedSubBatch, UpdateSampler, plan_validation
+from common.data.segment import RandomSegment
 from common.errors import ConfigError, TrainingError
 from common.metrics import Metrics
 from common.precision import LossScaler
 from common.rng import numpy_rng, torch_rng
+from utils.generate_filelist import draw_valid
 from wav2vec2 import criterion
 from wav2vec2.config import ObjectiveConfig
 from wav2vec2.logging import REDUCTIONS, summarize, throughput
@@ -247,10 +249,75 @@ def rank_batches(s: Mapping[str, Any]) -> list[int | None]:
     return [plan.sub_batch for update in updates for micro in update for plan in micro]
 
 
+def bucket_order(s: Mapping[str, Any]) -> list[list[int]]:
+    epochs = range(1, s["epochs"] + 1)
+    return [buckets.bucket_order(s["strategy"], s["buckets"], epoch, rank=s["rank"]).tolist() for epoch in epochs]
+
+
+def batch_sizes(s: Mapping[str, Any]) -> list[int]:
+    size = s["bucketing_batch_size"]
+    if not isinstance(size, (int, list)):
+        raise ValueError(f"{size!r} is neither a number nor a list")
+    try:
+        return buckets.adaptive_batch_sizes(size, s["datasets"], s["bucketing_weights"] or ())
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+
+
+def shards(s: Mapping[str, Any]) -> list[str]:
+    from common.data.shards import expand_pattern, shards_of_rank
+
+    return shards_of_rank(expand_pattern(s["pattern"]), s["strategy"], s["rank"], s["world_size"])
+
+
+def duration_buckets(s: Mapping[str, Any]) -> dict[str, Any]:
+    """Both edges belong to a bucket there; in a run a duration on an inner edge is in the first of the two."""
+    edges = buckets.equal_width_ranges(s["min_duration"], s["max_duration"], s["buckets"]).tolist()
+    inside = [[i for i, (low, high) in enumerate(edges) if low <= seconds <= high] for seconds in s["durations"]]
+    return {"edges": edges, "member_of": inside}
+
+
+def length_buckets(s: Mapping[str, Any]) -> dict[str, Any]:
+    """The ends, and what every utterance is padded to in a plan."""
+    plan = batching.plan_sub_batches(
+        np.array(s["sizes"]),
+        max_tokens=None,
+        max_sentences=1,
+        multiple=1,
+        crop=False,
+        max_sample_size=None,
+        rng=numpy_rng("any"),
+        bucketing=batching.Bucketing(s["num_buckets"]),
+    )
+    padded = plan.samples[np.argsort(plan.order)]
+    ends = buckets.percentile_ends(np.array(s["sizes"]), s["num_buckets"])
+    return {"buckets": np.unique(ends).tolist(), "bucketed": padded.tolist()}
+
+
+def manifest_split(s: Mapping[str, Any]) -> list[int]:
+    return np.flatnonzero(draw_valid(s["files"], s["valid_percent"], s["seed"])).tolist()
+
+
+def random_segment(s: Mapping[str, Any]) -> dict[str, int]:
+    segment = RandomSegment(s["duration_sec"], pad=s["pad_to_duration"])
+    silence = np.zeros(s["num_samples"], np.float32)
+    _, frames, zeros = segment.draw(
+        len(silence), s["sample_rate"], numpy_rng("any"), lambda start, frames: silence[start : start + frames]
+    )
+    return {"out_samples": frames + zeros, "zero_tail": zeros}
+
+
 PLANS = {
     "batch_by_size": batch_by_size,
     "length_order": length_order,
     "joined_batches": joined_batches,
     "collate": collate,
     "rank_batches": rank_batches,
+    "bucket_order": bucket_order,
+    "batch_sizes": batch_sizes,
+    "shards": shards,
+    "duration_buckets": duration_buckets,
+    "length_buckets": length_buckets,
+    "manifest_split": manifest_split,
+    "random_segment": random_segment,
 }

@@ -6,24 +6,27 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import soundfile
-
-from common.data.audio import CONTAINERS, CONVERT
+from common.data.audio import AudioInfo, read_info
 from common.errors import DataError
 from utils import program
 
-UNKNOWN_LENGTH = 2**63 - 1  # libsndfile's answer for a FLAC whose header gives no length
+# What people have and libsndfile reads. Its other formats are asked for by name (--extensions).
+EXTENSIONS = (
+    *("wav", "flac", "mp3", "ogg", "oga", "opus", "aiff", "aif", "aifc", "au", "snd"),
+    *("caf", "w64", "rf64", "sph", "nist", "voc"),
+)
+UNREADABLE = ("m4a", "aac", "mp4", "wma", "amr", "webm", "mka", "ape", "wv")  # audio that libsndfile does not know
 BATCH = 100  # files per task: one task per file would cost more than reading the header
 
 
 @dataclass(frozen=True)
 class FileList:
-    """Audio files below one root folder, with their lengths in samples."""
+    """Audio files below one root folder, with their lengths in samples at the model's rate."""
 
     root: Path
     paths: tuple[str, ...]
@@ -32,12 +35,9 @@ class FileList:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file's header says; `fault` is empty when the file can be listed."""
+    """What a file's header says, or why the file cannot be listed (`fault`)."""
 
-    num_samples: int = 0
-    sample_rate: int = 0
-    channels: int = 1
-    container: str = ""
+    info: AudioInfo | None = None
     fault: str = ""
 
 
@@ -99,6 +99,14 @@ def find_audio(root: Path, extensions: Sequence[str]) -> list[str]:
     if not found:
         there = ", ".join(f"{number} {suffix}" for suffix, number in others.most_common(3)) or "nothing"
         raise DataError(f"{root}: no {'/'.join(sorted(wanted))} file ({there} there); see --extensions")
+    unreadable = {suffix: others[suffix] for suffix in ("." + name for name in UNREADABLE) if others[suffix]}
+    if unreadable:
+        named = ", ".join(f"{number} {suffix}" for suffix, number in unreadable.items())
+        print(
+            f"warning: {root}: {named} files are left out, they cannot be read; "
+            "convert them, for example: ffmpeg -i IN OUT.flac",
+            file=sys.stderr,
+        )
     return sorted(found)
 
 
@@ -108,17 +116,11 @@ def read_header(path: Path) -> Header:
         return Header(fault="a tab or a line end in its name; rename it")
     try:
         str(path).encode()
-        with soundfile.SoundFile(path) as file:
-            header = Header(file.frames, file.samplerate, file.channels, file.format)
+        return Header(read_info(path))
     except UnicodeEncodeError:
         return Header(fault="its name is not UTF-8; rename it")
-    except (soundfile.LibsndfileError, OSError) as error:
-        return Header(fault=getattr(error, "error_string", None) or str(error))
-    if header.num_samples == 0:
-        return Header(fault="no samples")
-    if header.num_samples == UNKNOWN_LENGTH:
-        return Header(fault="its header gives no length; encode it again")
-    return header
+    except DataError as error:
+        return Header(fault=str(error).removeprefix(f"{path}: "))
 
 
 def read_headers(root: Path, paths: Sequence[str], workers: int = 8) -> list[Header]:
@@ -135,9 +137,9 @@ def read_headers(root: Path, paths: Sequence[str], workers: int = 8) -> list[Hea
     return headers
 
 
-def drop_bad(root: Path, paths: Sequence[str], headers: Sequence[Header], *, skip_bad: bool) -> list[int]:
-    """Positions of the files that can be listed; the others are an error, or reported with `skip_bad`."""
-    bad = [position for position, header in enumerate(headers) if header.fault]
+def drop_bad(root: Path, paths: Sequence[str], headers: Sequence[Header], *, skip_bad: bool) -> dict[int, AudioInfo]:
+    """Positions and headers of the files that can be listed; others are an error, or are reported with `skip_bad`."""
+    bad = [position for position, header in enumerate(headers) if header.info is None]
     if bad:
         shown = "".join(f"\n  {paths[position]!r}: {headers[position].fault}" for position in bad[:10])
         more = f"\n  and {len(bad) - 10} more" if len(bad) > 10 else ""
@@ -145,46 +147,22 @@ def drop_bad(root: Path, paths: Sequence[str], headers: Sequence[Header], *, ski
         if not skip_bad:
             raise DataError(f"{text}; mend or remove them, or leave them out with --skip_bad{shown}{more}")
         print(f"{text} and are left out{shown}{more}")
-    return [position for position, header in enumerate(headers) if not header.fault]
+    return {position: header.info for position, header in enumerate(headers) if header.info is not None}
 
 
-def drop_unfit(
-    root: Path,
-    paths: Sequence[str],
-    headers: Sequence[Header],
-    positions: Sequence[int],
-    *,
-    sample_rate: int,
-    skip_bad: bool,
-) -> list[int]:
-    """Warn of files that training refuses, by kind; `positions` without them with `skip_bad`, else as they are."""
-    kinds = {
-        "not WAV or FLAC": [(i, headers[i].container) for i in positions if headers[i].container not in CONTAINERS],
-        f"not at {sample_rate} Hz": [
-            (i, f"{headers[i].sample_rate} Hz") for i in positions if headers[i].sample_rate != sample_rate
-        ],
-        "not mono": [(i, f"{headers[i].channels} channels") for i in positions if headers[i].channels != 1],
-    }
-    unfit: set[int] = set()
-    for kind, found in kinds.items():
-        if found:
-            unfit.update(position for position, _ in found)
-            first, what = found[0]
-            print(
-                f"warning: {len(found)} of {len(paths)} files are {kind}, such as {paths[first]!r} ({what}); "
-                + ("left out" if skip_bad else f"training refuses them: {CONVERT.format(rate=sample_rate)}"),
-                file=sys.stderr,
-            )
-    if not skip_bad:
-        return list(positions)
-    if unfit:
-        print(f"{root}: {len(unfit)} of {len(paths)} files would be refused in training and are left out")
-    return [position for position in positions if position not in unfit]
+def conversions(infos: Iterable[AudioInfo], sample_rate: int) -> list[str]:
+    """What reading does to every kind of source, most frequent first: "1,204 files 44.1 kHz stereo -> 16 kHz mono"."""
+    target = AudioInfo("", "", sample_rate, 1, 0).kind
+    lines = []
+    for kind, number in Counter(info.kind for info in infos).most_common():
+        count = f"{number:,} file" if number == 1 else f"{number:,} files"
+        lines.append(f"{count} {kind}" + (f" -> {target}" if kind != target else ""))
+    return lines
 
 
-def scan(root: Path, extensions: Sequence[str], *, skip_bad: bool = False) -> FileList:
-    """Find and list all audio below `root`."""
+def scan(root: Path, extensions: Sequence[str], *, sample_rate: int = 16000, skip_bad: bool = False) -> FileList:
+    """Find and list all audio below `root`, with lengths at `sample_rate`."""
     paths = find_audio(root, extensions)
-    headers = read_headers(root, paths)
-    good = drop_bad(root, paths, headers, skip_bad=skip_bad)
-    return FileList(root, tuple(paths[i] for i in good), tuple(headers[i].num_samples for i in good))
+    good = drop_bad(root, paths, read_headers(root, paths), skip_bad=skip_bad)
+    lengths = tuple(info.num_samples(sample_rate) for info in good.values())
+    return FileList(root, tuple(paths[i] for i in good), lengths)

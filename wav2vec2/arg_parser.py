@@ -18,6 +18,7 @@ TITLES = {
     "objective": "contrastive task",
     "ctc": "fine-tuning with CTC",
     "data": "data and batches",
+    "shards": "tar shards and streams",
     "optim": "optimizer and learning rate",
     "precision": "precision",
     "run": "run",

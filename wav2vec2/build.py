@@ -8,7 +8,6 @@ import logging
 import platform
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,6 @@ import torch
 from torch import nn
 
 from common import distributed, flags, rng
-from common.data.loader import TrainLoader, ValidLoader, train_loader, valid_loader
-from common.data.manifest import read_manifest
-from common.data.masking import SpanMasking
 from common.ema import Ema
 from common.errors import ConfigError
 from common.labels import Dictionary
@@ -27,9 +23,10 @@ from common.logger import RunLogger
 from common.optim import parameter_groups
 from common.precision import LossScaler, MixedPrecisionOptimizer, to_half
 from common.schedules import make_schedule
+from wav2vec2.build_data import build_loaders
 from wav2vec2.config import Config
 from wav2vec2.logging import METRICS
-from wav2vec2.model import TransformerLayer, Wav2Vec2Ctc, Wav2Vec2Model, num_frames
+from wav2vec2.model import TransformerLayer, Wav2Vec2Ctc, Wav2Vec2Model
 from wav2vec2.norms import ChannelNorm, LayerNorm
 from wav2vec2.run import Run
 from wav2vec2.start import find_start
@@ -65,7 +62,7 @@ def build_run(config: Config, device: torch.device, command: list[str]) -> Run:
     optimizer = build_optimizer(config, model)
     if o2:
         optimizer.load_master({name: master[name] for name in optimizer.master_weights()})
-    train, valid = _build_loaders(config, device, dictionary)
+    train, valid = build_loaders(config, device, dictionary)
     run = Run(
         config=config,
         device=device,
@@ -212,56 +209,6 @@ def build_optimizer(config: Config, model: nn.Module) -> MixedPrecisionOptimizer
         weight_decay=optim.weight_decay,
         scaler=scaler,
     )
-
-
-def _span_masking(settings: dict[str, Any]) -> SpanMasking | None:
-    return SpanMasking(**settings) if settings["prob"] else None
-
-
-def _build_loaders(
-    config: Config, device: torch.device, dictionary: Dictionary | None
-) -> tuple[TrainLoader, ValidLoader]:
-    """Training and validation data; fine-tuning has labels, pads, and does not mask in validation."""
-    data, pretraining = config.data, config.mode == "pretrain"
-    folder = Path(data.data)
-
-    def manifest(subset: str) -> Any:
-        labels = None if pretraining else folder / f"{subset}.{data.labels}"
-        return read_manifest(folder / f"{subset}.tsv", labels)
-
-    shared: dict[str, Any] = {
-        "sample_rate": config.model.sample_rate,
-        "normalize": config.model.normalize,
-        "num_frames": partial(num_frames, conv_layers=config.model.conv_layers()),  # sent to the workers
-        "seed": config.run.seed,
-        "max_sentences": data.batch_size or None,
-        "encode": dictionary.encode if dictionary else None,
-        "rank": distributed.rank(),
-        "world": distributed.world_size(),
-        "num_workers": data.num_workers,
-        "pin_memory": device.type == "cuda",
-    }
-    train = train_loader(
-        manifest(data.train_subset),
-        max_tokens=data.max_tokens,
-        crop=pretraining and not data.enable_padding,
-        required_batch_size_multiple=data.required_batch_size_multiple,
-        max_sample_size=data.max_sample_size or None,
-        min_sample_size=data.min_sample_size,
-        time_mask=_span_masking(config.mask.of_time()),
-        channel_mask=_span_masking(config.mask.of_channels()),
-        channels=config.model.encoder_embed_dim,
-        concat=data.num_concat_batches,
-        update_freq=data.update_freq,
-        **shared,
-    )
-    valid = valid_loader(
-        manifest(data.valid_subset),
-        max_tokens=data.max_tokens_valid or data.max_tokens,
-        time_mask=_span_masking(config.mask.of_time()) if pretraining else None,
-        **shared,
-    )
-    return train, valid
 
 
 def _describe(run: Run, command: list[str]) -> None:

@@ -11,9 +11,7 @@ from typing import Any
 from common.checkpoint import default_milestones
 from common.errors import ConfigError, one_line
 from common.flags import flag
-
-PRETRAIN = ("pretrain",)
-FINETUNE = ("finetune",)
+from wav2vec2.data_config import FINETUNE, PRETRAIN, DataConfig, ShardConfig
 
 # A checkpoint says how large a model is to be made: no more than this, whoever wrote it.
 MAX_LAYERS = 500
@@ -278,35 +276,6 @@ class CtcConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """File lists and batches."""
-
-    data: str = flag("", "folder with the file lists (.tsv), labels and dictionary", required=True, metavar="DIR")
-    train_subset: str = flag("train", "base name of the training file list")
-    valid_subset: str = flag("valid", "base name of the validation file list")
-    labels: str = flag("ltr", "extension of the label files", modes=FINETUNE)
-    max_tokens: int = flag(1400000, "samples per sub-batch (rows x longest)", minimum=1)
-    max_tokens_valid: int = flag(0, "the same in validation; 0 takes --max_tokens", minimum=0)
-    batch_size: int = flag(0, "rows per sub-batch at most, in validation too; 0 is no limit", minimum=0)
-    required_batch_size_multiple: int = flag(8, "rows of a sub-batch above this number are a multiple of it", minimum=1)
-    num_concat_batches: int = flag(1, "sub-batches joined for one pass through the model", minimum=1)
-    update_freq: int = flag(1, "passes (micro-batches) per update and process", minimum=1)
-    max_sample_size: int = flag(0, "longer utterances are cropped to this many samples; 0 is no limit", minimum=0)
-    min_sample_size: int = flag(0, "shorter utterances are left out of training; in samples", minimum=0)
-    enable_padding: bool = flag(
-        False,
-        "pad a sub-batch to its longest utterance instead of cropping it to its shortest",
-        modes=PRETRAIN,
-    )
-    reference_padding: bool = flag(
-        False, "let padding leak through the group norm, as the original implementation does, for comparisons"
-    )
-    num_workers: int = flag(
-        2, "processes that read audio, per training process; 0 reads in the process itself", minimum=0
-    )
-
-
-@dataclass(frozen=True)
 class OptimConfig:
     """Adam with decoupled weight decay, and the learning rate."""
 
@@ -443,6 +412,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     ctc: CtcConfig = field(default_factory=CtcConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    shards: ShardConfig = field(default_factory=ShardConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -461,6 +431,7 @@ TRAIN_SECTIONS = {
     "objective": ObjectiveConfig,
     "ctc": CtcConfig,
     "data": DataConfig,
+    "shards": ShardConfig,
     "optim": OptimConfig,
     "precision": PrecisionConfig,
     "run": RunConfig,

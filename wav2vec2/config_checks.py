@@ -10,6 +10,7 @@ from pathlib import Path
 from common.errors import ConfigError
 from common.schedules import make_schedule
 from wav2vec2.config import FP32_OPS, Config, ModelConfig, PrecisionConfig
+from wav2vec2.data_checks import check_data
 from wav2vec2.inference_config import InferenceConfig
 
 _ARCHITECTURE = tuple(ModelConfig.__dataclass_fields__)
@@ -23,6 +24,7 @@ def check_train_config(config: Config, explicit: Collection[str]) -> None:
     _check_objective(config, explicit)
     _check_paths(config)
     _check_speed(config)
+    check_data(config.data, config.shards, config.mode, explicit)
     _check_effects(config, explicit)
     check_model(config)
 

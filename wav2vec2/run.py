@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import checkpoint, distributed, flags
 from common.data.loader import TrainLoader, ValidLoader
+from common.data.streaming import StreamLoader
 from common.ema import Ema
 from common.errors import CheckpointError, TrainingError
 from common.labels import Dictionary
@@ -66,7 +67,7 @@ class Run:
     optimizer: MixedPrecisionOptimizer
     schedule: Callable[[int], float]
     ema: Ema
-    train_loader: TrainLoader
+    train_loader: TrainLoader | StreamLoader
     valid_loader: ValidLoader
     dictionary: Dictionary | None
     logger: RunLogger
@@ -80,6 +81,7 @@ class Run:
         self._epoch = _Interval()
         self._benchmark: list[dict[str, float]] = []
         self._unlogged = 0
+        self._cause_of_waiting = ""
         self._clock = time.perf_counter()
 
     @property
@@ -119,8 +121,8 @@ class Run:
         """Write the interval since the last line; the only place where training waits for the device."""
         if not self._unlogged:
             return
-        wait = self.train_loader.take_wait_seconds()
-        self.metrics.add({"data_wait": wait})
+        work = self.train_loader.take_work()
+        self.metrics.add({"data_wait": work.waited})
         sums = self.metrics.reduce(self.device)
         seconds = time.perf_counter() - self._clock
         for interval in (self._since_validation, self._epoch):
@@ -139,6 +141,10 @@ class Run:
         if isinstance(self.task, PretrainTask) and self.task.model.quantizer is not None:
             values["temperature"] = self.task.model.quantizer.temperature
         self.logger.log("train", (self.train_loader.epoch, self.progress.step), values)
+        cause = work.cause_of_waiting(seconds, distributed.usable_cores() // distributed.local_processes())
+        if cause and cause != self._cause_of_waiting:  # told once, not with every line
+            log.warning("%.0f %% of the time is spent waiting for data: %s", 100 * work.waited / seconds, cause)
+            self._cause_of_waiting = cause
         self._unlogged = 0
         self._clock = time.perf_counter()
 
@@ -163,11 +169,13 @@ class Run:
     def save(self, path: Path) -> None:
         """Write a checkpoint, and remove those that are no longer wanted."""
         self.log()  # so that no checkpoint of a run that has gone wrong replaces a good one
-        if self.config.run.save and distributed.is_main():
-            checkpoint.save(path, self.state_dict())
-            keep = checkpoint.Retention(milestones=self.config.milestones())
-            keep.prune(self.config.run.output_dir, final=self.config.optim.max_update)
-            log.info("saved %s", path)
+        if self.config.run.save:
+            position = self.train_loader.state_dict()  # a stream asks all ranks for it
+            if distributed.is_main():
+                checkpoint.save(path, self.state_dict(position))
+                keep = checkpoint.Retention(milestones=self.config.milestones())
+                keep.prune(self.config.run.output_dir, final=self.config.optim.max_update)
+                log.info("saved %s", path)
         self._clock = time.perf_counter()
 
     def rescue(self) -> None:
@@ -175,8 +183,8 @@ class Run:
         if self.progress.step and distributed.world_size() == 1:
             self.save(checkpoint.update_path(self.config.run.output_dir, self.progress.step))
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that a checkpoint holds."""
+    def state_dict(self, position: Mapping[str, Any]) -> dict[str, Any]:
+        """All that a checkpoint holds; `position`: the loader's."""
         config, scaler = self.config, self.optimizer.scaler
         return {
             "mode": config.mode,
@@ -188,7 +196,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler else None,
             "ema": self.ema.state_dict(),
-            "loader": self.train_loader.state_dict(),
+            "loader": position,
             "progress": vars(self.progress).copy(),
             "origin": None,
         }

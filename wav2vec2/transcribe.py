@@ -20,8 +20,9 @@ from common import distributed
 from common.data.audio import normalize, read_audio
 from common.data.collate import Batch, Collator
 from common.data.dataset import Sample
-from common.data.loader import ValidLoader, valid_loader
+from common.data.loader import ValidLoader
 from common.data.manifest import read_manifest
+from common.data.prepare import valid_loader
 from common.data.sampler import PlannedSubBatch
 from common.errors import CheckpointError, ConfigError, DataError
 from common.labels import Dictionary, words
@@ -137,7 +138,7 @@ class FileList:
 
     def __iter__(self) -> Iterator[tuple[Batch, list[int]]]:
         for batch in self._loader:
-            yield batch, self._loader.places(batch)
+            yield batch, list(batch.places)
 
 
 class SingleFile:

@@ -39,13 +39,27 @@ class SubBatch:
     frames: int
 
 
+@dataclass(frozen=True)
+class FileNews:
+    """What a worker found while it made a batch.
+
+    converted: kinds of recordings that were resampled or mixed down, one for every such row; bad: messages about files
+    that were left out; seconds: of work, and of the processor for it: the difference is spent waiting for the storage.
+    """
+
+    converted: tuple[str, ...] = ()
+    bad: tuple[str, ...] = ()
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """What one forward pass needs; rows are ordered by sub-batch, numbers of Python are known on the host.
 
     lengths_B: valid samples per row; padded: some row is shorter than S; masked_R: flat positions row * T + t
     of the masked frames, ordered by (sub-batch, row, t); frame_lengths, label_lengths: those of every row as
-    numbers of Python; num_samples, num_frames: valid ones of all rows.
+    numbers of Python; num_samples, num_frames: valid ones of all rows; places: positions of the rows in the dataset.
     """
 
     ids: tuple[str, ...]
@@ -61,6 +75,8 @@ class Batch:
     labels_BL: Tensor | None = None
     label_lengths: tuple[int, ...] | None = None
     texts: tuple[str, ...] | None = None
+    places: tuple[int, ...] = ()
+    news: FileNews = FileNews()
 
     @property
     def num_rows(self) -> int:
@@ -117,11 +133,13 @@ class Collator:
     channel_mask: SpanMasking | None = None
     channels: int = 0
 
-    def __call__(self, planned: Sequence[PlannedSubBatch], samples: Sequence[Sequence[Sample]]) -> Batch:
-        """Join sub-batches, each given as its place in the plan and its samples."""
+    def __call__(
+        self, planned: Sequence[PlannedSubBatch], samples: Sequence[Sequence[Sample]], *, width: int = 0
+    ) -> Batch:
+        """Join sub-batches, each given as its place in the plan and its samples; rows have `width` samples at least."""
         rows = list(chain.from_iterable(samples))
         lengths = np.array([len(sample.audio_S) for sample in rows], np.int64)
-        longest = int(lengths.max())
+        longest = max(int(lengths.max()), width)
         audio = torch.zeros(len(rows), longest)
         for row_S, sample in zip(audio.numpy(), rows, strict=True):
             row_S[: len(sample.audio_S)] = sample.audio_S
@@ -143,6 +161,8 @@ class Collator:
             labels_BL=_padded_labels(labels) if labels else None,
             label_lengths=label_lengths if labels else None,
             texts=_texts(rows),
+            places=tuple(sample.place for sample in rows),
+            news=FileNews(converted=tuple(chain.from_iterable(sample.converted for sample in rows))),
         )
 
     def _time_mask(self, plan: PlannedSubBatch, samples: Sequence[Sample]) -> np.ndarray | None:

@@ -1,4 +1,4 @@
-"""Utterance and pass -> sample: read, check, normalise and crop one utterance and encode its labels."""
+"""Utterance and pass -> sample: read, trim, cut, normalise and encode the labels; the only caller of audio.py."""
 
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
@@ -10,68 +10,162 @@ from itertools import pairwise
 
 import numpy as np
 
-from common.data.audio import normalize, read_audio
-from common.data.manifest import Manifest
+from common.data.audio import AudioInfo, normalize, read_audio
+from common.data.manifest import Manifest, Utterance
+from common.data.segment import RandomSegment
 from common.errors import DataError
 from common.rng import numpy_rng
 
 log = logging.getLogger(__name__)
+SILENCE_DB = 60.0  # below the peak of the utterance, in windows of TRIM_WINDOW samples (NeMo's values)
+TRIM_WINDOW, TRIM_HOP = 2048, 512
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One utterance ready for a batch: samples (S,) float32, and its labels where they are asked for."""
+    """One utterance ready for a batch: samples (S,) float32, and its labels where they are asked for.
+
+    place: its position in the dataset; converted: kinds of recordings that were resampled or mixed down for it.
+    """
 
     id: str
     audio_S: np.ndarray
     text: str | None
     labels: list[int] | None
+    place: int = 0
+    converted: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Waveforms:
+    """What is done to every waveform between file and batch.
+
+    sample_rate: the model's, in Hz; normalize: zero mean and unit variance; trim: silence at both ends is cut off;
+    segment: train on random segments.
+    """
+
+    sample_rate: int
+    normalize: bool
+    trim: bool = False
+    segment: RandomSegment | None = None
+
+    def planned(self, num_samples: np.ndarray) -> np.ndarray:
+        """The most samples that utterances of so many can give."""
+        return num_samples if self.segment is None else self.segment.planned(num_samples, self.sample_rate)
+
+    @property
+    def exact(self) -> bool:
+        """Whether `planned` is what every utterance gives."""
+        return not self.trim and (self.segment is None or self.segment.prob == 1)
+
+    def make(
+        self, read: Callable[[int, int], np.ndarray], total: int, longest: int, key: tuple[int | str, ...]
+    ) -> np.ndarray:
+        """At most `longest` samples of a recording of `total`, of which `read(start, frames)` gives a piece.
+
+        Trimmed, then a segment, then normalised, then cut at random: the order of the originals. Only what is needed is
+        read. The draws belong to `key`: (seed, pass, utterance).
+        """
+        if self.trim:
+            whole = trim_silence(read(0, total))
+            read, total = (lambda start, frames: whole[start : start + frames]), len(whole)
+        start, frames, zeros = 0, total, 0
+        if self.segment is not None:
+            start, frames, zeros = self.segment.draw(total, self.sample_rate, numpy_rng("segment", *key), read)
+        kept, first = min(frames, longest), 0
+        if frames > longest:
+            first = int(numpy_rng(key[0], "crop", *key[1:]).integers(frames - longest + 1))
+        if self.normalize:
+            piece = normalize(read(start, frames))[first : first + kept]
+        else:
+            piece = read(start + first, kept)
+        return np.pad(piece, (0, min(zeros, longest - kept))) if zeros else piece
+
+
+def trim_silence(wave: np.ndarray) -> np.ndarray:
+    """Without what is SILENCE_DB below the peak at both ends; as it is where nothing would be left."""
+    import librosa  # only here: it takes seconds
+
+    trimmed, _ = librosa.effects.trim(wave, top_db=SILENCE_DB, frame_length=TRIM_WINDOW, hop_length=TRIM_HOP)
+    return trimmed if len(trimmed) >= TRIM_WINDOW else wave
 
 
 class SpeechDataset:
-    """The samples of a manifest; the only caller of audio.py."""
+    """The samples of a manifest; with `firsts` neighbours are joined to one sample (see selection.join_neighbours)."""
 
     def __init__(
         self,
         manifest: Manifest,
+        waveforms: Waveforms,
         *,
-        sample_rate: int,
-        normalize: bool,
         seed: int,
         encode: Callable[[str, str], list[int]] | None = None,
+        firsts: np.ndarray | None = None,
     ) -> None:
         """`encode(line, where)` turns a label line into symbol numbers, or raises DataError; None: no labels."""
         if encode is not None and not manifest.has_text:
             raise DataError(f"{manifest.name}: labels are needed and none were given; make the .ltr file")
         self.manifest = manifest
-        self._sample_rate, self._normalize, self._seed, self._encode = sample_rate, normalize, seed, encode
+        self._waveforms, self._seed, self._encode, self._firsts = waveforms, seed, encode, firsts
+        joined = manifest.num_samples if firsts is None else np.add.reduceat(manifest.num_samples, firsts[:-1])
+        self.num_samples = joined  # of every sample of the dataset, before anything is done to it
+        self.planned = waveforms.planned(joined)
 
-    def sample(self, index: int, *, longest: int, epoch_pass: int) -> Sample:
-        """Utterance `index`, a random piece of `longest` samples where it is longer than that.
+    def __len__(self) -> int:
+        return len(self.num_samples)
 
-        The piece is keyed by (seed, pass, utterance). With `normalize` the whole utterance is read and
-        normalised before it is cut, as in the original; otherwise only the piece is read.
-        """
-        utterance = self.manifest[index]
-        start, frames = 0, min(utterance.num_samples, longest)
-        if utterance.num_samples > longest:
-            rng = numpy_rng(self._seed, "crop", epoch_pass, index)
-            start = int(rng.integers(utterance.num_samples - longest + 1))
-        whole = self._normalize
-        wave = read_audio(
-            utterance.source,
-            sample_rate=self._sample_rate,
-            num_samples=utterance.num_samples,
-            start=0 if whole else start,
-            frames=-1 if whole else frames,
-            where=utterance.where,
+    @property
+    def datasets(self) -> np.ndarray | None:
+        """The number of the list that every sample comes from; None where there is one."""
+        numbers = self.manifest.datasets
+        return numbers if numbers is None or self._firsts is None else numbers[self._firsts[:-1]]
+
+    def sample(self, place: int, *, longest: int, epoch_pass: int) -> Sample:
+        """The sample at a place, a random piece of `longest` samples where it is longer than that."""
+        first, stop = (place, place + 1) if self._firsts is None else self._firsts[place : place + 2].tolist()
+        utterances = [self.manifest[index] for index in range(first, stop)]
+        converted: list[AudioInfo] = []
+
+        def read(start: int, frames: int) -> np.ndarray:
+            return self._read(utterances, start, frames, converted.append)
+
+        total = sum(utterance.num_samples for utterance in utterances)
+        wave = self._waveforms.make(read, total, longest, (self._seed, epoch_pass, place))
+        return Sample(
+            id=utterances[0].id,
+            audio_S=wave,
+            text=utterances[0].text,
+            labels=self.labels(first),
+            place=place,
+            converted=tuple({info.kind: None for info in converted}),
         )
-        if whole:
-            wave = normalize(wave)[start : start + frames]
-        return Sample(utterance.id, wave, utterance.text, self.labels(index))
+
+    def _read(
+        self, utterances: list[Utterance], start: int, frames: int, on_convert: Callable[[AudioInfo], None]
+    ) -> np.ndarray:
+        """Samples [start, start + frames) of some utterances, one behind the other."""
+        pieces, stop, first = [], start + frames, 0
+        for utterance in utterances:
+            last = first + utterance.num_samples
+            begin, end = max(start, first), min(stop, last)
+            if begin < end:
+                pieces.append(
+                    read_audio(
+                        utterance.clip,
+                        sample_rate=self._waveforms.sample_rate,
+                        num_samples=utterance.num_samples,
+                        tolerance=utterance.tolerance,
+                        start=begin - first,
+                        frames=end - begin,
+                        where=utterance.where,
+                        on_convert=on_convert,
+                    )
+                )
+            first = last
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def labels(self, index: int) -> list[int] | None:
-        """Symbol numbers of utterance `index`; DataError with the file and line of the labels."""
+        """Symbol numbers of an utterance of the manifest; DataError with the file and line of the labels."""
         text = self.manifest.text(index)
         if self._encode is None or text is None:
             return None
@@ -86,7 +180,7 @@ class SpeechDataset:
         if self._encode is None:
             return
         impossible = [
-            index for index in range(len(self.manifest)) if _frames_needed(self.labels(index) or []) > frames[index]
+            index for index in range(len(self.manifest)) if frames_needed(self.labels(index) or []) > frames[index]
         ]
         if impossible:
             message = (
@@ -98,5 +192,6 @@ class SpeechDataset:
             log.warning("%s, which CTC cannot align and which count as loss 0; remove or correct them", message)
 
 
-def _frames_needed(labels: list[int]) -> int:
+def frames_needed(labels: list[int]) -> int:
+    """Frames that CTC needs to align labels: one each, and one between equal neighbours."""
     return len(labels) + sum(first == second for first, second in pairwise(labels))

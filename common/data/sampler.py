@@ -2,25 +2,31 @@
 
 An epoch is one pass over all sub-batches, shuffled and cut into whole updates before ranks are considered. What is
 left over sits out, another part in every epoch, and all parts equally often. Where one pass has less than an
-update, following passes are appended until it is full. Everything is a pure function of (seed, epoch, position).
+update, following passes are appended until it is full. With weights of datasets a pass has more or less of each.
+With a bucketing strategy an epoch is arranged bucket after bucket instead. Everything is a pure function of
+(seed, epoch, position) and the plan, so a run continues anywhere.
 """
 
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from common.data.buckets import bucket_order
 from common.errors import ConfigError, DataError
 from common.rng import numpy_rng
+
+VALIDATION = 0  # the pass of validation; those of training count from 1
 
 
 @dataclass(frozen=True)
 class PlannedSubBatch:
-    """A sub-batch in an update: the pass over the data (from 1), its number, and its place in the update.
+    """A sub-batch in an update: the pass over the data, its number, and its place in the update.
 
-    The pass keys crops and masks, `index` (0 is the longest) negatives and noise. Validation is pass 0.
+    The pass keys crops and masks, `index` (0 is the longest) negatives and noise. No pass has a sub-batch twice.
     """
 
     epoch_pass: int
@@ -29,30 +35,82 @@ class PlannedSubBatch:
 
 
 class UpdateSampler:
-    """Plans updates of `sub_batches_per_update` sub-batches; epochs count from 1, positions from 0."""
+    """Plans updates of `sub_batches_per_update` sub-batches; epochs count from 1, positions from 0.
 
-    def __init__(self, *, lengths: np.ndarray, sub_batches_per_update: int, seed: int) -> None:
-        """`lengths`: samples per row of every sub-batch. `updates_per_epoch` is the same for all epochs."""
+    strategy: None mixes all sub-batches. "fixed_order" and "synced_randomized" visit bucket after bucket, in the
+    order of `bucket_order`, all ranks the same one: only an update that spans a border has two. "fully_randomized"
+    deals every bucket to `world` ranks, and each visits the buckets in an order of its own, so the ranks of an
+    update are in different ones. Within a bucket sub-batches are shuffled anew in every pass.
+    """
+
+    def __init__(
+        self,
+        *,
+        lengths: np.ndarray,
+        sub_batches_per_update: int,
+        seed: int,
+        buckets: np.ndarray | None = None,
+        datasets: np.ndarray | None = None,
+        dataset_weights: Sequence[float] | None = None,
+        strategy: str | None = None,
+        world: int = 1,
+    ) -> None:
+        """`lengths`, `buckets`, `datasets`: samples per row, bucket and dataset of every sub-batch.
+
+        `dataset_weights`: how often the sub-batches of every dataset come in a pass, on average; None: once.
+        `updates_per_epoch` is the same for all epochs.
+        """
         if not len(lengths):
             raise DataError("there is no data to train on; check the file list and --min_sample_size")
         self._lengths, self.seed = np.asarray(lengths, np.int64), seed
         self.sub_batches_per_update = sub_batches_per_update
-        self._number = len(lengths)
-        self._passes = _passes(self._number, sub_batches_per_update)
-        self.updates_per_epoch = updates_per_epoch(self._number, sub_batches_per_update)
-        self._left_over = self._passes * self._number - self.updates_per_epoch * sub_batches_per_update
+        self._strategy, self._buckets = strategy, np.zeros(len(lengths), np.int64)
+        if strategy is not None:
+            if buckets is None:
+                raise ConfigError(f"--bucketing_strategy {strategy}: there are no buckets; set --num_batch_buckets")
+            self._buckets = np.unique(buckets, return_inverse=True)[1]
+            bucket_order(strategy, 1, 1)  # an unknown one is refused now
+        self._lanes = world if strategy == "fully_randomized" else 1
+        if sub_batches_per_update % self._lanes:
+            raise ConfigError(
+                f"--bucketing_strategy {strategy}: {sub_batches_per_update} sub-batches of an update cannot be "
+                f"shared by {world} processes; change --update_freq"
+            )
+        self._weights = dataset_weights
+        self._turns: _Turns | None = None
+        self._per_pass = len(lengths)
+        if dataset_weights is not None:
+            dataset_of = np.zeros(len(lengths), np.int64) if datasets is None else datasets
+            self._turns = _Turns(dataset_of, dataset_weights, seed)
+            self._per_pass = self._turns.per_pass
+        self._passes = _passes(self._per_pass, sub_batches_per_update)
+        self.updates_per_epoch = updates_per_epoch(self._per_pass, sub_batches_per_update)
+        self._per_epoch = self.updates_per_epoch * sub_batches_per_update
+        self._left_over = self._passes * self._per_pass - self._per_epoch
         self._cached: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def __len__(self) -> int:
-        return self._number
+        return len(self._lengths)
+
+    @property
+    def arrangement(self) -> dict[str, str]:
+        """How the order differs from all sub-batches mixed, for a checkpoint to compare; nothing where it does not."""
+        weights = " ".join(f"{weight:g}" for weight in self._weights or ())
+        named = {"strategy": self._strategy or "", "dataset_weights": weights}
+        return {name: value for name, value in named.items() if value} | (
+            {"processes": str(self._lanes)} if self._lanes > 1 else {}
+        )
 
     @property
     def left_over_share(self) -> float:
         """Share of the sub-batches that sits out in an epoch."""
-        return self._left_over / (self._passes * self._number)
+        return self._left_over / (self._passes * self._per_pass)
 
     def update(self, epoch: int, position: int) -> list[PlannedSubBatch]:
-        """The sub-batches of an update, longest first, ties in the order of the plan."""
+        """The sub-batches of an update, longest first, ties in the order of the plan.
+
+        fully_randomized: rank r has those at r, r + world, r + 2 world and so on, its longest first.
+        """
         passes, sub_batches = self._plan(epoch)
         return [
             PlannedSubBatch(epoch_pass, sub_batch, index)
@@ -67,44 +125,112 @@ class UpdateSampler:
         """This rank's update_freq micro-batches of `concat` sub-batches.
 
         Neighbours in length are joined and the ranks alternate: micro-batch f, rank r, slot k has the index
-        (f * world + r) * concat + k.
+        (f * world + r) * concat + k. With fully_randomized neighbours are those of the rank.
         """
         if world * concat * update_freq != self.sub_batches_per_update:
             raise ConfigError(
                 f"--update_freq {update_freq}: {world} processes x {concat} concatenated batches x {update_freq} "
                 f"are not the {self.sub_batches_per_update} sub-batches of an update; change one of them"
             )
+        if self._lanes not in (1, world):
+            raise ValueError(f"the plan is for {self._lanes} processes, not for {world}")
         update = self.update(epoch, position)
-        firsts = ((micro * world + rank) * concat for micro in range(update_freq))
-        return [update[first : first + concat] for first in firsts]
+        indices = [(micro * world + rank) * concat + slot for micro in range(update_freq) for slot in range(concat)]
+        if self._lanes > 1:
+            own = [replace(plan, index=index) for plan, index in zip(update[rank::world], indices, strict=True)]
+        else:
+            own = [update[index] for index in indices]
+        return [own[first : first + concat] for first in range(0, len(own), concat)]
 
     def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Pass and number of every sub-batch of the epoch, both (updates, sub-batches per update)."""
         if self._cached is None or self._cached[0] != epoch:
-            first = (epoch - 1) * self._passes + 1
-            drawn = [self._shuffled(first + later) for later in range(self._passes)]
-            drawn[-1] = drawn[-1][~np.isin(drawn[-1], self._resting(epoch))]
-            shape = (self.updates_per_epoch, self.sub_batches_per_update)
-            sub_batches = np.concatenate(drawn).reshape(shape)
-            counts = [len(part) for part in drawn]
-            passes = np.repeat(np.arange(first, first + self._passes), counts).reshape(shape)
-            by_length = np.argsort(-self._lengths[sub_batches], axis=1, kind="stable")
-            self._cached = (
-                epoch,
-                np.take_along_axis(passes, by_length, 1),
-                np.take_along_axis(sub_batches, by_length, 1),
-            )
+            passes, sub_batches = self._drawn(epoch)
+            lanes = []
+            for places in self._arranged(epoch, sub_batches):
+                updates = places.reshape(self.updates_per_epoch, -1)
+                by_length = np.argsort(-self._lengths[sub_batches[updates]], axis=1, kind="stable")
+                lanes.append(np.take_along_axis(updates, by_length, 1))
+            joined = np.stack(lanes, axis=2).reshape(self.updates_per_epoch, -1)
+            self._cached = epoch, passes[joined], sub_batches[joined]
         return self._cached[1], self._cached[2]
+
+    def _drawn(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Pass and number of every sub-batch of the epoch, shuffled, both (sub-batches of the epoch,) int32."""
+        if self._turns is not None:
+            passes, sub_batches = self._turns.between((epoch - 1) * self._per_epoch, epoch * self._per_epoch)
+            order = numpy_rng(self.seed, "order", epoch).permutation(self._per_epoch)
+            return passes[order], sub_batches[order]
+        first = (epoch - 1) * self._passes + 1
+        drawn = [self._shuffled(first + later) for later in range(self._passes)]
+        resting = np.zeros(len(self), bool)
+        resting[self._resting(epoch)] = True
+        drawn[-1] = drawn[-1][~resting[drawn[-1]]]
+        passes = np.arange(first, first + self._passes, dtype=np.int32)
+        return np.repeat(passes, [len(part) for part in drawn]), np.concatenate(drawn)
+
+    def _arranged(self, epoch: int, sub_batches: np.ndarray) -> list[np.ndarray]:
+        """Places in the epoch's shuffled sub-batches, lane by lane in the order in which they are visited."""
+        places = np.arange(len(sub_batches), dtype=np.int32)
+        if self._strategy is None:
+            return [places]
+        bucket_of = self._buckets[sub_batches]
+        if self._lanes > 1:
+            places = places[np.argsort(bucket_of, kind="stable")]  # every rank gets its part of every bucket
+        number, lanes = int(self._buckets.max()) + 1, []
+        for rank in range(self._lanes):
+            lane = places[rank :: self._lanes]
+            turn_of = np.argsort(bucket_order(self._strategy, number, epoch, seed=self.seed, rank=rank))
+            lanes.append(lane[np.argsort(turn_of[bucket_of[lane]], kind="stable")])
+        return lanes
 
     def _shuffled(self, epoch_pass: int) -> np.ndarray:
         """All sub-batches in the order of this pass."""
-        return numpy_rng(self.seed, "order", epoch_pass).permutation(self._number)
+        return numpy_rng(self.seed, "order", epoch_pass).permutation(len(self)).astype(np.int32)
 
     def _resting(self, epoch: int) -> np.ndarray:
         """Those that sit out this epoch: the next ones of a fixed random circle, so that all take turns."""
-        circle = numpy_rng(self.seed, "rest").permutation(self._number)
+        circle = numpy_rng(self.seed, "rest").permutation(len(self))
         start = (epoch - 1) * self._left_over
-        return circle[(start + np.arange(self._left_over)) % self._number]
+        return circle[(start + np.arange(self._left_over)) % len(self)]
+
+
+class _Turns:
+    """Endless turns through datasets by weight, of which every epoch takes the next part.
+
+    A pass is a fixed random circle of slots: dataset i has round(weight_i * n_i) of them, and at least one. The
+    sub-batches of a dataset lie on a fixed random circle, too, and each of its slots takes the next one: whole
+    multiples come in every pass, the rest takes turns, and all sub-batches of a dataset come equally often. Nothing
+    needs to sit out besides. The pass of a sub-batch is its turn around the circle of its dataset.
+    """
+
+    def __init__(self, datasets: np.ndarray, weights: Sequence[float], seed: int) -> None:
+        sizes = np.bincount(datasets, minlength=len(weights))
+        if len(sizes) > len(weights):
+            raise ConfigError(f"--dataset_weights: {len(weights)} weights for {len(sizes)} lists; give one for each")
+        self._counts = np.where(sizes > 0, np.maximum(np.rint(sizes * np.asarray(weights)), 1), 0).astype(np.int64)
+        self.per_pass = int(self._counts.sum())
+        slots = np.repeat(np.arange(len(sizes)), self._counts)
+        self._slots = numpy_rng(seed, "slots").permutation(slots).astype(np.min_scalar_type(len(sizes)))
+        self._circles = [
+            numpy_rng(seed, "turns", dataset).permutation(np.flatnonzero(datasets == dataset)).astype(np.int32)
+            for dataset in range(len(sizes))
+        ]
+
+    def between(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Pass and number of the sub-batches in slots [first, stop) of the endless turns, dataset by dataset, int32."""
+        passes, sub_batches = [], []
+        for circle, begin, end in zip(self._circles, self._taken(first), self._taken(stop), strict=True):
+            places = np.arange(begin, end)
+            if len(places):
+                passes.append((1 + places // len(circle)).astype(np.int32))
+                sub_batches.append(circle[places % len(circle)])
+        return np.concatenate(passes), np.concatenate(sub_batches)
+
+    def _taken(self, slots: int) -> list[int]:
+        """How many sub-batches of every dataset the first so many slots have taken."""
+        whole, rest = divmod(slots, self.per_pass)
+        return (whole * self._counts + np.bincount(self._slots[:rest], minlength=len(self._counts))).tolist()
 
 
 def updates_per_epoch(sub_batches: int, per_update: int) -> int:
@@ -119,4 +245,17 @@ def _passes(sub_batches: int, per_update: int) -> int:
 
 def plan_validation(sub_batches: int, *, rank: int, world: int) -> list[PlannedSubBatch]:
     """This rank's share of a validation, in order; every sub-batch once over all ranks."""
-    return [PlannedSubBatch(0, number, number) for number in range(rank, sub_batches, world)]
+    return [PlannedSubBatch(VALIDATION, number, number) for number in range(rank, sub_batches, world)]
+
+
+def temperature_weights(amounts: Sequence[float], temperature: float) -> list[float]:
+    """Weights of datasets of these amounts (hours): the share of each is proportional to amount ** (1 / temperature).
+
+    1 changes nothing, large temperatures make all equal; weights times amounts are what the amounts were together.
+    """
+    if temperature <= 0:
+        raise ConfigError(f"--dataset_temperature {temperature:g}: give a number above 0")
+    given = np.asarray(amounts, np.float64)
+    shares = (given / given.max()) ** (1 / temperature)
+    wanted = shares / shares.sum() * given.sum()
+    return np.divide(wanted, given, out=np.ones_like(given), where=given > 0).tolist()

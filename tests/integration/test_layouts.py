@@ -14,9 +14,9 @@ from conftest import ROOT
 from tiny import corpus
 from tiny_model import HOURGLASS, NO_DROPOUT
 
-from common.data.loader import train_loader
 from common.data.manifest import read_manifest
 from common.data.masking import SpanMasking
+from common.data.prepare import train_loader
 from common.labels import Dictionary
 from wav2vec2.config import ObjectiveConfig
 from wav2vec2.model import Wav2Vec2Ctc, Wav2Vec2Model

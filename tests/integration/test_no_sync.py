@@ -258,7 +258,8 @@ def saved(data, tmp_path_factory) -> Path:
     """A pre-trained checkpoint."""
     output = tmp_path_factory.mktemp("saved")
     path = checkpoint.update_path(output, 1)
-    checkpoint.save(path, build("pretrain", data, output, PRETRAIN).state_dict())
+    run = build("pretrain", data, output, PRETRAIN)
+    checkpoint.save(path, run.state_dict(run.train_loader.state_dict()))
     return path
 
 

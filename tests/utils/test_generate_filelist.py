@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from common.data.audio import read_audio
+from common.data.audio import AudioInfo, read_audio
 from common.errors import ConfigError, DataError
 from utils import combine_filelists, filelists, generate_filelist, program
 
@@ -111,48 +111,83 @@ def test_odd_inputs_neither_crash_nor_vanish(shared, tmp_path):
 
 def test_the_split_draws_one_number_for_each_sorted_file(shared):
     for case in json.loads(shared("golden_ssl/data_pipeline.json").read_text())["manifest_split"]:
-        if case["valid_percent"] > 0:
-            drawn = generate_filelist.draw_valid(case["files"], case["valid_percent"], case["seed"])
-            assert [i for i, valid in enumerate(drawn) if valid] == case["valid_positions"]
+        drawn = generate_filelist.draw_valid(case["files"], case["valid_percent"], case["seed"])
+        assert [i for i, valid in enumerate(drawn) if valid] == case["valid_positions"]
+
+
+def test_a_fraction_of_0_makes_one_list(tree, tmp_path):
+    train, valid = tmp_path / "train.tsv", tmp_path / "valid.tsv"
+    for more in ([], ["--valid-out", str(valid)]):
+        generate_filelist.main([str(tree), str(train), "--valid-percent", "0", *more])
+        assert len(filelists.read_filelist(train).paths) == len(NAMES)
+        assert not valid.exists()
+        train.unlink()
 
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Four files that training takes and four that it refuses, one of them for two reasons."""
+    """Files of several rates, channel counts and formats, and one that is no audio."""
     root = tmp_path / "mixed"
     for number in range(4):
         write_audio(root / f"good{number}.wav", 16000)
-    write_audio(root / "a_phone.wav", 8000, 8000)
-    write_audio(root / "b_phone.wav", 8000, 8000)
-    soundfile.write(root / "cd.flac", np.zeros((44100, 2), np.int16), 44100)
-    soundfile.write(root / "ogg.wav", np.zeros(16000), 16000, format="OGG")
+    write_audio(root / "phone.wav", 8000, 8000)
+    for number in range(3):
+        soundfile.write(root / f"cd{number}.flac", np.zeros((44101, 2), np.int16), 44100)
+    soundfile.write(root / "vorbis.ogg", np.zeros(16000), 16000)
+    soundfile.write(root / "layer3.MP3", np.zeros(48000), 48000, format="MP3")
+    soundfile.write(root / "apple.aiff", np.zeros(22050), 22050)
+    (root / "page.opus").write_text("<html>")
     return root
 
 
-def test_files_that_training_refuses_are_listed_with_a_warning_for_each_kind(mixed, tmp_path, capsys):
-    generate_filelist.main([str(mixed), str(tmp_path / "x.tsv")])
-    assert len(filelists.read_filelist(tmp_path / "x.tsv").paths) == 8
-    warnings = capsys.readouterr().err.splitlines()
-    starts = [
-        "warning: 1 of 8 files are not WAV or FLAC, such as 'ogg.wav' (OGG); training refuses them",
-        "warning: 3 of 8 files are not at 16000 Hz, such as 'a_phone.wav' (8000 Hz); training refuses them",
-        "warning: 1 of 8 files are not mono, such as 'cd.flac' (2 channels); training refuses them",
-    ]
-    assert len(warnings) == len(starts)
-    assert all(line.startswith(start) for line, start in zip(warnings, starts, strict=True))
-
-
-def test_skip_bad_leaves_out_what_training_refuses_and_says_how_many(mixed, tmp_path, capsys):
+def test_files_of_any_kind_are_listed_with_their_length_at_the_models_rate(mixed, tmp_path, capsys):
     out = tmp_path / "x.tsv"
     generate_filelist.main([str(mixed), str(out), "--skip_bad"])
-    assert filelists.read_filelist(out).paths == tuple(f"good{number}.wav" for number in range(4))
-    assert "4 of 8 files would be refused in training and are left out" in capsys.readouterr().out
-    for path in filelists.read_filelist(out).paths:
-        assert len(read_audio(mixed / path, sample_rate=16000)) == 16000
-    generate_filelist.main([str(mixed), str(out), "--skip_bad", "--sample_rate", "8000"])
-    assert filelists.read_filelist(out).paths == ("a_phone.wav", "b_phone.wav")
-    with pytest.raises(DataError, match="--sample_rate"):
-        generate_filelist.main([str(mixed), str(out), "--skip_bad", "--sample_rate", "7"])
+    files = filelists.read_filelist(out)
+    assert len(files.paths) == 11
+    assert dict(zip(files.paths, files.num_samples, strict=True))["cd0.flac"] == -(-44101 * 16000 // 44100)
+    for path, length in zip(files.paths, files.num_samples, strict=True):
+        assert len(read_audio(files.root / path, sample_rate=16000, num_samples=length)) == length
+    lines = capsys.readouterr().out.splitlines()
+    assert "1 of 12 files cannot be listed and are left out" in lines[0]
+    assert lines[2] == f"{out}: 11 files, 0.00 h, lengths at 16000 Hz"
+    assert lines[3:5] == ["  5 files 16 kHz mono", "  3 files 44.1 kHz stereo -> 16 kHz mono"]
+    assert set(lines[5:]) == {f"  1 file {rate} kHz mono -> 16 kHz mono" for rate in ("8", "48", "22.05")}
+
+
+def test_lengths_follow_the_rate_of_the_model(mixed, tmp_path, capsys):
+    out = tmp_path / "x.tsv"
+    generate_filelist.main([str(mixed), str(out), "--skip-bad", "--sample-rate", "8000"])
+    files = filelists.read_filelist(out)
+    lengths = dict(zip(files.paths, files.num_samples, strict=True))
+    assert (lengths["phone.wav"], lengths["good0.wav"], lengths["cd0.flac"]) == (8000, 8000, 8001)
+    assert "  5 files 16 kHz mono -> 8 kHz mono" in capsys.readouterr().out
+    scanned = filelists.scan(mixed, ["flac"], sample_rate=8000)
+    assert scanned.num_samples == (8001, 8001, 8001)
+
+
+def test_what_reading_would_refuse_by_its_header_cannot_be_listed(tmp_path):
+    write_audio(tmp_path / "in" / "whole.wav", 1000)
+    content = (tmp_path / "in" / "whole.wav").read_bytes()
+    (tmp_path / "in" / "cut.wav").write_bytes(content[:-500])
+    write_audio(tmp_path / "in" / "rate.wav", 1000, 1_092_676)
+    with pytest.raises(DataError, match="2 of 3 files cannot be listed") as error:
+        generate_filelist.main([str(tmp_path / "in"), str(tmp_path / "x.tsv")])
+    assert "\n  'cut.wav': truncated, 1500 of 2000 bytes" in str(error.value)
+    assert "\n  'rate.wav': 1092676 Hz is not within" in str(error.value)
+
+
+def test_audio_that_cannot_be_read_is_not_passed_over_in_silence(tree, tmp_path, capsys):
+    for name in ("a.m4a", "b/c.M4A", "d.wma"):
+        (tree / name).write_bytes(b"x")
+    generate_filelist.main([str(tree), str(tmp_path / "x.tsv")])
+    assert "2 .m4a, 1 .wma files are left out, they cannot be read; convert them" in capsys.readouterr().err
+
+
+def test_numbers_of_files_are_grouped_by_thousands():
+    infos = [AudioInfo("WAV", "PCM_16", 44100, 2, 1)] * 1204 + [AudioInfo("FLAC", "PCM_16", 16000, 1, 1)]
+    lines = ["1,204 files 44.1 kHz stereo -> 16 kHz mono", "1 file 16 kHz mono"]
+    assert filelists.conversions(infos, 16000) == lines
 
 
 def test_both_parts_of_a_split_are_disjoint_and_complete(tmp_path):
@@ -180,7 +215,7 @@ def test_a_repaired_file_moves_no_other_file_of_the_split(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--valid_percent", "1", "--valid_out", "v.tsv"], "fraction: 5 % is 0.05"),
+        (["--valid_percent", "1", "--valid_out", "v.tsv"], r"leaves no file for .*x\.tsv; .* 1 % is 0.01"),
         (["--valid_percent", "5", "--valid_out", "v.tsv"], "fraction: 5 % is 0.05"),
         (["--valid_percent", "-0.1", "--valid_out", "v.tsv"], "fraction"),
         (["--valid_percent", "nan", "--valid_out", "v.tsv"], "fraction"),

@@ -51,9 +51,10 @@ class Contents:
     def epoch_has_ended(self) -> bool:
         """Whether the position in the data is the end of its epoch."""
         loader = self.loader or {}
-        if not loader.get("sub_batches") or not loader.get("sub_batches_per_update"):
-            return False  # of another program, which begins its epochs anew
-        return loader["position"] >= updates_per_epoch(loader["sub_batches"], loader["sub_batches_per_update"])
+        updates = loader.get("updates_per_epoch")
+        if not updates and loader.get("sub_batches") and loader.get("sub_batches_per_update"):  # an earlier version
+            updates = updates_per_epoch(loader["sub_batches"], loader["sub_batches_per_update"])
+        return bool(updates) and loader["position"] >= updates  # other programs begin their epochs anew
 
     @property
     def num_symbols(self) -> int:

@@ -90,8 +90,8 @@ def _optimizer(where: str, state: Mapping[str, Any], weights: Mapping[str, Tenso
 
 def _loader(where: str, state: Mapping[str, Any]) -> dict[str, Any] | None:
     """Where in the data training would go on."""
-    numbers = {str(name): value for name, value in state.items() if isinstance(value, int)}
-    return {**numbers, **_counts(where, state, ("epoch", "position"))} if state else None
+    plan = {str(name): value for name, value in state.items() if isinstance(value, (int, str))}
+    return {**plan, **_counts(where, state, ("epoch", "position"))} if state else None
 
 
 def _scaler(where: str, state: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -16,9 +16,10 @@ import torch
 
 from common.data.audio import normalize as normalized
 from common.data.collate import Batch
-from common.data.loader import train_loader, valid_loader
 from common.data.manifest import read_manifest
 from common.data.masking import SpanMasking
+from common.data.prepare import train_loader, valid_loader
+from common.data.selection import LengthLimits
 from common.errors import ConfigError, DataError
 
 RATE = 16000
@@ -212,8 +213,8 @@ def test_the_position_counts_what_was_handed_out(corpus):
     assert loader.at_epoch_end
     loader.next_update()
     assert (loader.epoch, loader.position) == (2, 1)
-    assert loader.take_wait_seconds() > 0
-    assert loader.take_wait_seconds() == 0
+    assert loader.take_work().waited > 0
+    assert loader.take_work().waited == 0
     loader.close()
 
 
@@ -242,7 +243,7 @@ def test_reading_does_not_touch_the_global_generators(corpus):
 def test_short_utterances_are_dropped_in_training_only_and_reported(corpus, caplog):
     sizes = read_manifest(corpus / "train.tsv").num_samples
     with caplog.at_level(logging.INFO):
-        loader = training(corpus, min_sample_size=2500, update_freq=1)
+        loader = training(corpus, limits=LengthLimits(2500), update_freq=1)
     kept = int((sizes >= 2500).sum())
     assert f"{kept} utterances" in caplog.text
     assert f"{41 - kept} utterances" in caplog.text
@@ -250,8 +251,8 @@ def test_short_utterances_are_dropped_in_training_only_and_reported(corpus, capl
     assert "cropping" in caplog.text
     ids = {name for _ in range(loader.updates_per_epoch) for name in loader.next_update()[0].ids}
     assert {int(name) for name in ids} == set(np.flatnonzero(sizes >= 2500).tolist())
-    with pytest.raises(DataError, match="all 41 utterances of train are shorter than --min_sample_size 9000"):
-        training(corpus, min_sample_size=9000)
+    with pytest.raises(DataError, match="all 41 utterances of train are left out by --min_sample_size 9000"):
+        training(corpus, limits=LengthLimits(9000))
 
 
 def test_fine_tuning_pads_masks_and_encodes(corpus):

@@ -1,13 +1,14 @@
 """The global plan: whole updates, other left-overs each epoch, the same content for every layout."""
 
 # SPDX-License-Identifier: Apache-2.0
+import json
 from collections import Counter
-from itertools import chain
+from itertools import chain, groupby
 
 import numpy as np
 import pytest
 
-from common.data.sampler import PlannedSubBatch, UpdateSampler, plan_validation
+from common.data.sampler import PlannedSubBatch, UpdateSampler, plan_validation, temperature_weights
 from common.errors import ConfigError, DataError
 
 
@@ -110,6 +111,215 @@ def test_a_layout_of_another_product_is_refused():
         plan.micro_batches(1, 0, rank=0, world=2, concat=1, update_freq=3)
     with pytest.raises(DataError, match="no data"):
         UpdateSampler(lengths=np.array([]), sub_batches_per_update=8, seed=1)
+
+
+# ---- Bucket after bucket --------------------------------------------------------------------------------------------
+
+ORDERED = ("fixed_order", "synced_randomized")
+
+
+def in_buckets(strategy, *, number=203, per_update=8, seed=1, buckets=4, world=1):
+    """A sampler of sub-batches in buckets of unequal size, and the bucket of every sub-batch."""
+    rng = np.random.default_rng(0)
+    bucket_of = np.sort(rng.choice(buckets, number, p=np.arange(1, buckets + 1) / sum(range(buckets + 1))))
+    plan = UpdateSampler(
+        lengths=100 * bucket_of + rng.integers(1, 50, number),
+        sub_batches_per_update=per_update,
+        seed=seed,
+        buckets=bucket_of.astype(np.uint8),
+        strategy=strategy,
+        world=world,
+    )
+    return plan, bucket_of
+
+
+def visited(bucket_of, updates):
+    """The buckets in the order in which updates come to them; what an update has on its borders, sorted."""
+    found = [sorted({int(bucket_of[planned.sub_batch]) for planned in update}) for update in updates]
+    return [list(group)[0] for _, group in groupby(found)]
+
+
+@pytest.mark.parametrize("strategy", ORDERED)
+def test_all_are_in_one_bucket_but_where_an_update_spans_a_border(strategy):
+    plan, bucket_of = in_buckets(strategy)
+    for epoch in range(1, 5):
+        updates = epoch_of(plan, epoch)
+        assert len(updates) == 203 // 8
+        assert len(set(numbers(updates))) == len(numbers(updates)) == 200
+        visits = visited(bucket_of, updates)
+        assert [len(visit) for visit in visits] in ([1, 2, 1, 2, 1, 2, 1], [1, 2, 1, 2, 1, 1], [1, 1, 2, 1, 2, 1])
+        alone = [visit[0] for visit in visits if len(visit) == 1]
+        assert sorted(alone) == [0, 1, 2, 3]
+        for before, border, after in zip(visits, visits[1:], visits[2:], strict=False):
+            assert len(border) == 1 or border == sorted(before + after)
+
+
+def test_buckets_are_visited_in_the_order_of_the_reference_after_a_resume_too(shared):
+    cases = json.loads(shared("golden_ssl/data_pipeline.json").read_text())["bucket_order"]
+    for case in cases:
+        for epoch, order in enumerate(case["order_per_epoch"], start=1):
+            if case["buckets"] == 4:
+                plan, bucket_of = in_buckets(case["strategy"], number=400, seed=epoch)  # new, as after a resume
+                found = [visit[0] for visit in visited(bucket_of, epoch_of(plan, epoch)) if len(visit) == 1]
+                assert found == order
+
+
+@pytest.mark.parametrize("strategy", [*ORDERED, "fully_randomized"])
+def test_buckets_are_shuffled_anew_and_rest_in_turn(strategy):
+    plan, bucket_of = in_buckets(strategy, per_update=40, world=2)
+    resting, first = [], []
+    for epoch in range(1, 204):
+        found = numbers(epoch_of(plan, epoch))
+        assert len(set(found)) == len(found) == 200
+        resting.append(set(range(203)) - set(found))
+        first.append(tuple(number for number in found if bucket_of[number] == 3))
+    assert Counter(chain.from_iterable(resting)) == dict.fromkeys(range(203), 3)
+    assert len(set(first)) == 203
+
+
+@pytest.mark.parametrize(("world", "concat", "update_freq"), [(2, 2, 2), (4, 1, 2), (8, 1, 1), (2, 1, 4), (2, 4, 1)])
+def test_fully_randomized_ranks_visit_all_buckets_in_orders_of_their_own(world, concat, update_freq):
+    plan, bucket_of = in_buckets("fully_randomized", number=400, world=world)
+    layout = {"world": world, "concat": concat, "update_freq": update_freq}
+    lengths = plan._lengths
+    for epoch in (1, 2):
+        seen, orders, shares = [], [], []
+        for rank in range(world):
+            found = [plan.micro_batches(epoch, update, rank=rank, **layout) for update in range(plan.updates_per_epoch)]
+            for update in found:
+                for micro, parts in enumerate(update):
+                    indices = [planned.index for planned in parts]
+                    assert indices == [(micro * world + rank) * concat + slot for slot in range(concat)]
+                ordered = [lengths[planned.sub_batch] for planned in chain.from_iterable(update)]
+                assert ordered == sorted(ordered, reverse=True)
+            own = [planned.sub_batch for update in found for planned in chain.from_iterable(update)]
+            orders.append(
+                tuple(visit[0] for visit in visited(bucket_of, map(chain.from_iterable, found)) if len(visit) == 1)
+            )
+            assert len(orders[-1]) == len(set(orders[-1])), "no bucket is visited twice"
+            seen += own
+            shares.append(np.bincount(bucket_of[own]))
+        assert sorted(seen) == list(range(400))
+        assert len(set(orders)) > 1
+        assert np.ptp(shares, axis=0).max() <= 1  # every rank has its part of every bucket
+
+
+def test_one_process_may_have_its_own_order_of_buckets():
+    plan, bucket_of = in_buckets("fully_randomized", number=400)
+    orders = {tuple(visit[0] for visit in visited(bucket_of, epoch_of(plan, epoch))) for epoch in range(1, 6)}
+    assert len(orders) > 1
+
+
+def test_buckets_that_are_mixed_do_not_change_the_order():
+    plan, bucket_of = in_buckets(None)
+    plain = UpdateSampler(lengths=plan._lengths, sub_batches_per_update=8, seed=1)
+    assert epoch_of(plan, 2) == epoch_of(plain, 2)
+    assert max(map(len, visited(bucket_of, epoch_of(plan, 2)))) > 2
+
+
+def test_impossible_orders_of_buckets_are_refused():
+    with pytest.raises(ConfigError, match="--bucketing_strategy fixed_order: there are no buckets"):
+        UpdateSampler(lengths=np.ones(9), sub_batches_per_update=3, seed=1, strategy="fixed_order")
+    with pytest.raises(ConfigError, match="--bucketing_strategy any: unknown"):
+        in_buckets("any")
+    with pytest.raises(ConfigError, match="cannot be shared by 3 processes"):
+        in_buckets("fully_randomized", world=3)
+    plan, _ = in_buckets("fully_randomized", world=2)
+    with pytest.raises(ValueError, match="for 2 processes, not for 4"):
+        plan.micro_batches(1, 0, rank=0, world=4, concat=1, update_freq=2)
+
+
+# ---- Weights of datasets --------------------------------------------------------------------------------------------
+
+WEIGHTS = (1.0, 0.3, 2.5, 0.01)
+SIZES = (50, 40, 20, 10)
+
+
+def weighted(per_update=8, weights=WEIGHTS, **options):
+    datasets = np.repeat(np.arange(len(SIZES), dtype=np.uint8), SIZES)
+    lengths = np.random.default_rng(0).integers(1, 90, len(datasets))
+    plan = UpdateSampler(
+        lengths=lengths,
+        sub_batches_per_update=per_update,
+        seed=1,
+        datasets=datasets,
+        dataset_weights=weights,
+        **options,
+    )
+    return plan, datasets
+
+
+@pytest.mark.parametrize("per_update", [8, 7, 64, 500])
+def test_datasets_come_as_often_as_their_weights_say(per_update):
+    plan, datasets = weighted(per_update)
+    wanted = np.array([50, 12, 50, 1])  # weight times size; one where that is nearer to none
+    passes = -(-per_update // wanted.sum())
+    assert plan.updates_per_epoch == passes * wanted.sum() // per_update
+    assert plan.left_over_share == pytest.approx(1 - plan.updates_per_epoch * per_update / (passes * wanted.sum()))
+    seen, epochs = Counter(), 40
+    for epoch in range(1, epochs + 1):
+        updates = epoch_of(plan, epoch)
+        assert {len(update) for update in updates} == {per_update}
+        seen.update((planned.epoch_pass, planned.sub_batch) for planned in chain.from_iterable(updates))
+        times = np.bincount([sub_batch for _, sub_batch in seen.elements()], minlength=len(datasets))
+        for dataset in range(len(SIZES)):  # none of them is behind the others of its dataset
+            assert np.ptp(times[datasets == dataset]) <= 1
+    assert set(seen.values()) == {1}  # masks and crops are drawn anew every time
+    assert min(epoch_pass for epoch_pass, _ in seen) == 1
+    total = epochs * plan.updates_per_epoch * per_update
+    found = [times[datasets == dataset].sum() for dataset in range(len(SIZES))]
+    np.testing.assert_allclose(found, total * wanted / wanted.sum(), atol=wanted.sum() / 4)
+
+
+def test_an_epoch_with_weights_is_a_function_of_its_number_and_not_sorted_by_dataset():
+    plan, datasets = weighted()
+    again, _ = weighted()
+    epochs = [numbers(epoch_of(plan, epoch)) for epoch in (1, 2)]
+    assert epoch_of(again, 2) == epoch_of(plan, 2)
+    assert epochs[0] != epochs[1]
+    for part in np.array_split(datasets[epochs[0]], 4):
+        assert len(set(part.tolist())) >= 3
+
+
+def test_weights_and_buckets_go_together():
+    buckets = np.arange(120) % 3
+    plan, _ = weighted(buckets=buckets, strategy="fixed_order")
+    assert [visit[0] for visit in visited(buckets, epoch_of(plan, 4)) if len(visit) == 1] == [0, 1, 2]
+
+
+def test_a_weight_of_the_only_list_changes_the_length_of_an_epoch():
+    plan = UpdateSampler(lengths=np.ones(100), sub_batches_per_update=10, seed=1, dataset_weights=[0.5])
+    halves = [set(numbers(epoch_of(plan, epoch))) for epoch in (1, 2, 3)]
+    assert halves[0] | halves[1] == set(range(100))
+    assert halves[0] == halves[2]
+
+
+def test_a_list_without_data_takes_part_with_nothing_and_one_without_weight_is_refused():
+    options = {"lengths": np.ones(9), "sub_batches_per_update": 3, "seed": 1, "datasets": np.repeat([0, 2], [4, 5])}
+    plan = UpdateSampler(dataset_weights=[1, 3, 1], **options)
+    assert sorted(numbers(epoch_of(plan, 1))) == list(range(9))
+    with pytest.raises(ConfigError, match="--dataset_weights: 2 weights for 3 lists"):
+        UpdateSampler(dataset_weights=[1, 3], **options)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0, 1e6])
+def test_temperature_changes_the_shares_and_not_the_total(temperature):
+    hours = np.array([960.0, 100.0, 10.0, 1.0])
+    given = temperature_weights(hours, temperature) * hours
+    assert given.sum() == pytest.approx(hours.sum())
+    np.testing.assert_allclose(given / given[0], (hours / hours[0]) ** (1 / temperature))
+    if temperature == 1:
+        assert temperature_weights(hours, 1) == pytest.approx([1, 1, 1, 1])
+
+
+def test_temperatures_at_the_limits():
+    assert temperature_weights([5, 0, 5], 3) == [1, 1, 1]
+    assert temperature_weights([5, 4], 1e-4) == pytest.approx([9 / 5, 0])
+    with pytest.raises(ConfigError, match="--dataset_temperature 0"):
+        temperature_weights([1, 2], 0)
+
+
+# ---- Validation, and many of them -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
