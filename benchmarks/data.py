@@ -19,7 +19,8 @@ includes imports. --quick takes smaller sizes, which decide less. The file --jso
     sizes, hardware, versions, commit, command
 
 Each of the first five is {bar: {figure: text}, met, figures: a list of {figure, value, unit, bar, met}, measured: what
-the figures follow from}; met is null where there is no bar. Memory is that which a process shares with no other.
+the figures follow from}; met is null where there is no bar. Memory is that
+which a process shares with no other, without the code of its libraries.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -146,7 +147,7 @@ def parse(argv: Sequence[str]) -> DataFlags:
 def main(argv: Sequence[str]) -> None:
     """Measure as the command line says, and write the results."""
     options = parse(argv)
-    if not Path("/proc/self/smaps_rollup").is_file():
+    if not Path("/proc/self/smaps").is_file():
         raise ConfigError("benchmarks/data.py: memory is read as Linux tells it in /proc; run it on Linux")
     out = Path(options.json)
     with writing(out):

@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.data_made import SAMPLE_RATE
 from benchmarks.startup import run, with_settings
-from benchmarks.stopwatch import peak_memory, summary
+from benchmarks.stopwatch import summary
 from common.data.batching import SubBatches, plan_sub_batches
 from common.data.loader import TrainLoader
 from common.data.manifest import Manifest, read_manifest
@@ -46,6 +46,7 @@ MAX_TOKENS, MIN_SAMPLE_SIZE, MAX_SAMPLE_SIZE, MULTIPLE = 1_400_000, 32_000, 250_
 CONCAT, UPDATE_FREQ = 8, 8
 WORKERS = 4
 SHORT_ROW = 1000  # samples that stand in for a file where the list is measured, and not the audio
+EXECUTABLE = str(Path(sys.executable).resolve())
 LOOKS = 100  # at workers that are filling their queues
 # Memory that is not needed goes back to the system at once, so that what is left can be counted.
 ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": 0, "MALLOC_MMAP_THRESHOLD_": 65536, "MALLOC_ARENA_MAX": 1}
@@ -102,9 +103,18 @@ def start(listed: str) -> dict[str, float]:
 
 
 def unique_bytes(process: int | str = "self") -> int:
-    """Unique set size of a process."""
-    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) * 1024
+    """Unique set size of a process.
+
+    Without the clean pages of its libraries: whether another process has them too depends on what else runs.
+    """
+    kilobytes, library = 0, False
+    for line in Path(f"/proc/{process}/smaps").read_text().splitlines():
+        name, *rest = line.split()
+        if not name.endswith(":"):  # the head of a mapping: addresses, permissions, ..., path
+            library = ".so" in rest[-1] or rest[-1] == EXECUTABLE
+        elif name in ("Private_Dirty:", "Private_Hugetlb:") or (name == "Private_Clean:" and not library):
+            kilobytes += int(rest[0])
+    return kilobytes * 1024
 
 
 def trimmed_bytes() -> int:
@@ -114,15 +124,23 @@ def trimmed_bytes() -> int:
     return unique_bytes()
 
 
+def status_bytes(name: str) -> int:
+    """What Linux tells of this process in bytes: VmRSS, its resident memory, or VmHWM, the highest so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
 def held_memory(listed: str, warm_up: str) -> dict[str, int]:
     """Bytes by which a process grows that reads a list and plans: `list`, `list_and_plan`, and its `peak` meanwhile."""
     base_loader(read_manifest(Path(warm_up)))  # what is imported and kept at the first call is not the list's
-    held: list[Any] = []
-    before = trimmed_bytes()
-    peak = peak_memory(lambda: held.append(read_manifest(Path(listed))), 1, torch.device("cpu"))["peak"]
+    before, resident = trimmed_bytes(), status_bytes("VmRSS")
+    manifest = read_manifest(Path(listed))
     with_list = trimmed_bytes()
-    planning = peak_memory(lambda: held.append(base_loader(held.pop())), 1, torch.device("cpu"))["peak"]
-    return {"list": with_list - before, "list_and_plan": trimmed_bytes() - before, "peak": max(peak, planning) - before}
+    loader = base_loader(manifest)
+    del manifest  # the loader holds what it needs of it
+    with_plan = trimmed_bytes()
+    loader.close()
+    return {"list": with_list - before, "list_and_plan": with_plan - before, "peak": status_bytes("VmHWM") - resident}
 
 
 def silent_rows(*_: object, **__: object) -> np.ndarray:

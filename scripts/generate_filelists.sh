@@ -9,7 +9,7 @@
 # The source is DATASET_DIR where it is not given, the target FILELISTS_DIR. Without any argument and without
 # FILELISTS_DIR the lists go beside the audio, into DATASET_DIR, where recipes look; a source that is given as an
 # argument is not written into unless it is named as the target too. EXTENSIONS names the endings of the audio files,
-# separated by spaces. SKIP_BAD=1 leaves out audio that cannot be read or that training would refuse. DRY_RUN=1 prints
+# separated by spaces. SKIP_BAD=1 leaves out audio that cannot be read. DRY_RUN=1 prints
 # the commands.
 . "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -31,7 +31,7 @@ if [ -n "${1:-}" ]; then
     fi
 fi
 : "${DATASET_DIR:=/datasets/LibriSpeech}"
-: "${FILELISTS_DIR:=$DATASET_DIR}" "${EXTENSIONS:=wav flac}" "${SKIP_BAD:=false}"
+: "${FILELISTS_DIR:=$DATASET_DIR}" "${EXTENSIONS:=flac wav mp3 ogg opus}" "${SKIP_BAD:=false}"
 
 full_960="train-clean-100 train-clean-360 train-other-500"
 finetuning=librispeech_finetuning

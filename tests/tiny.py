@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,29 @@ MODEL_FLAGS = [
     *("--conv_pos", "8", "--conv_pos_groups", "4", "--final_dim", "12", "--latent_vars", "10"),
     *("--hourglass_transformer", "[1,(1,2),1]"),
 ]
+# A recipe's variables, small
+SMALL = {
+    "DEVICE": "cpu",
+    "NUM_CONCAT_BATCHES": "1",
+    "WORLD_BATCHES": "2",
+    "MAX_TOKENS": "60000",
+    "MAX_UPDATE": "2",
+    "FREEZE_FINETUNE_UPDATES": "1",
+    "MIN_SAMPLE_SIZE": "0",
+    "NUM_WORKERS": "0",
+    "OMP_NUM_THREADS": "1",
+    "PYTHON": sys.executable,
+    "CONV_FEATURE_LAYERS": "[(16,10,5)]+[(16,3,2)]*4+[(16,2,2)]*2",
+    "ENCODER_LAYERS": "2",
+    "ENCODER_EMBED_DIM": "32",
+    "ENCODER_FFN_EMBED_DIM": "32",
+    "ENCODER_ATTENTION_HEADS": "4",
+    "FINAL_DIM": "16",
+    "LATENT_VARS": "8",
+    "MASK_CHANNEL_LENGTH": "4",
+    "TRAIN_SUBSET": "train",
+    "VALID_SUBSET": "valid",
+}
 WORDS = ("ONE", "TWO", "SIX", "TEN")
 
 

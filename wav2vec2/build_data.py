@@ -91,10 +91,12 @@ def _indexed(config: Config, training: dict[str, Any]) -> TrainLoader:
 def _stream(config: Config, training: dict[str, Any]) -> StreamLoader:
     """Training on a stream of shards."""
     shards = config.shards
-    chosen = expand_pattern(shards.shard_manifests) if shards.shard_manifests else []
+    names = expand_pattern(shards.shard_manifests) if shards.shard_manifests else []
+    rate, text = config.model.sample_rate, config.mode == "finetune"
+    chosen = [read_manifest(Path(name), sample_rate=rate, text=text) for name in names]
     return stream_loader(
         shards=expand_pattern(shards.tarred_filepaths),
-        manifest=join_manifests([read_manifest(Path(name)) for name in chosen], name="shards") if chosen else None,
+        manifest=join_manifests(chosen, name="shards") if chosen else None,
         strategy=shards.tarred_shard_strategy,
         shuffle_n=shards.shuffle_n,
         epoch_size=shards.epoch_size,
@@ -125,9 +127,10 @@ def _of_shards(config: Config) -> Manifest:
                 f"--tarred_filepaths {shard}: its list {path} is missing; make it with utils/make_shards.py --index, "
                 "or read the shards with --streaming"
             )
-    finetuning = config.mode == "finetune"
+    finetuning, rate = config.mode == "finetune", config.model.sample_rate
     labels = [path.with_suffix(f".{config.data.labels}") if finetuning else None for path in lists]
-    return join_manifests([read_manifest(*pair) for pair in zip(lists, labels, strict=True)], name="shards")
+    parts = [read_manifest(*pair, sample_rate=rate) for pair in zip(lists, labels, strict=True)]
+    return join_manifests(parts, name="shards")
 
 
 def _segment(data: DataConfig) -> RandomSegment | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from common.data.masking import SpanMasking, channel_mask, span_mask
 from common.data.sampler import PlannedSubBatch
@@ -140,9 +141,10 @@ class Collator:
         rows = list(chain.from_iterable(samples))
         lengths = np.array([len(sample.audio_S) for sample in rows], np.int64)
         longest = max(int(lengths.max()), width)
-        audio = torch.zeros(len(rows), longest)
+        audio = _empty(len(rows), longest)
         for row_S, sample in zip(audio.numpy(), rows, strict=True):
             row_S[: len(sample.audio_S)] = sample.audio_S
+            row_S[len(sample.audio_S) :] = 0
         masks = [self._time_mask(plan, part) for plan, part in zip(planned, samples, strict=True)]
         mask_BT = _joined(masks, int(self.num_frames(longest)))
         labels = [sample.labels for sample in rows if sample.labels is not None]
@@ -192,6 +194,17 @@ class Collator:
             index=plan.index,
             frames=int(self.num_frames(longest)),
         )
+
+
+def _empty(rows: int, samples: int) -> Tensor:
+    """Audio (B, S) float32 to fill. In a worker it lies in shared memory, where it would else be copied to.
+
+    That also keeps large blocks off the worker's heap, which they would fragment, so that it grew for days.
+    """
+    if get_worker_info() is None:
+        return torch.empty(rows, samples)
+    storage = torch.UntypedStorage._new_shared(4 * rows * samples)  # as torch's own collation does
+    return torch.empty(0).set_(storage, 0, torch.Size((rows, samples)), (samples, 1))
 
 
 def _joined(masks: Sequence[np.ndarray | None], frames: int) -> np.ndarray | None:

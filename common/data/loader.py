@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import sys
@@ -307,5 +308,9 @@ def _worker_options(num_workers: int) -> dict[str, Any]:
 
 
 def _start_worker(_: int) -> None:
-    """Leave Ctrl-C to the main process, which then ends the workers; torch itself has them end on SIGTERM."""
+    """Leave Ctrl-C to the main process, which then ends the workers; torch itself has them end on SIGTERM.
+
+    What was inherited is kept out of garbage collections, which would write to its pages and so copy them.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.freeze()

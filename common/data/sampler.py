@@ -2,7 +2,8 @@
 
 An epoch is one pass over all sub-batches, shuffled and cut into whole updates before ranks are considered. What is
 left over sits out, another part in every epoch, and all parts equally often. Where one pass has less than an
-update, following passes are appended until it is full. With weights of datasets a pass has more or less of each.
+update, following passes are appended until it is full. Updates exchange sub-batches with their neighbours, so that
+those that are joined have like lengths. With weights of datasets a pass has more or less of each.
 With a bucketing strategy an epoch is arranged bucket after bucket instead. Everything is a pure function of
 (seed, epoch, position) and the plan, so a run continues anywhere.
 """
@@ -20,6 +21,8 @@ from common.errors import ConfigError, DataError
 from common.rng import numpy_rng
 
 VALIDATION = 0  # the pass of validation; those of training count from 1
+WINDOW = 8  # updates that exchange sub-batches
+ALIKE = 8  # sub-batches of like length that stay together: NUM_CONCAT_BATCHES of the recipes
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class UpdateSampler:
         self.updates_per_epoch = updates_per_epoch(self._per_pass, sub_batches_per_update)
         self._per_epoch = self.updates_per_epoch * sub_batches_per_update
         self._left_over = self._passes * self._per_pass - self._per_epoch
+        self._alike = sub_batches_alike(sub_batches_per_update)
         self._cached: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -149,6 +153,8 @@ class UpdateSampler:
             lanes = []
             for places in self._arranged(epoch, sub_batches):
                 updates = places.reshape(self.updates_per_epoch, -1)
+                if self._strategy is None and self._alike > 1:
+                    updates = self._gathered(epoch, updates, self._lengths[sub_batches])
                 by_length = np.argsort(-self._lengths[sub_batches[updates]], axis=1, kind="stable")
                 lanes.append(np.take_along_axis(updates, by_length, 1))
             joined = np.stack(lanes, axis=2).reshape(self.updates_per_epoch, -1)
@@ -183,6 +189,20 @@ class UpdateSampler:
             turn_of = np.argsort(bucket_order(self._strategy, number, epoch, seed=self.seed, rank=rank))
             lanes.append(lane[np.argsort(turn_of[bucket_of[lane]], kind="stable")])
         return lanes
+
+    def _gathered(self, epoch: int, updates: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """The same places, exchanged among the updates of a window such that each has groups of like length.
+
+        Joined sub-batches are padded to the longest of them. From one update alone the shortest would be joined with
+        much longer ones, which is 8 % of padding in the Base recipe; from a window it is about 1 %.
+        """
+        rng, parts = numpy_rng(self.seed, "groups", epoch), []
+        for first in range(0, len(updates), WINDOW):
+            window = updates[first : first + WINDOW]
+            places = window.ravel()
+            groups = places[np.argsort(-lengths[places], kind="stable")].reshape(-1, self._alike)
+            parts.append(groups[rng.permutation(len(groups))].reshape(window.shape))
+        return np.concatenate(parts)
 
     def _shuffled(self, epoch_pass: int) -> np.ndarray:
         """All sub-batches in the order of this pass."""
@@ -236,6 +256,16 @@ class _Turns:
 def updates_per_epoch(sub_batches: int, per_update: int) -> int:
     """Whole updates of an epoch of so many sub-batches."""
     return _passes(sub_batches, per_update) * sub_batches // per_update
+
+
+def sub_batches_alike(per_update: int) -> int:
+    """How many sub-batches of like length an update has of each of its lengths; it has at least ALIKE lengths.
+
+    It follows from the size of an update alone, so no split of it into processes and joined batches changes the plan.
+    """
+    return max(
+        size for size in range(1, ALIKE + 1) if per_update % size == 0 and size * ALIKE <= max(per_update, ALIKE)
+    )
 
 
 def _passes(sub_batches: int, per_update: int) -> int:

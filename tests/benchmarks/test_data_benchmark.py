@@ -238,7 +238,7 @@ def test_all_parts_are_measured(tmp_path, monkeypatch, capsys):
         assert decoded["hours"][side] == pytest.approx(listed)
     assert 0 < decoded["hours"]["cropped"] <= listed
     assert len(decoded["rounds"]) == 2
-    assert result["memory"]["measured"]["bytes"]["peak"] >= result["memory"]["measured"]["bytes"]["list_and_plan"]
+    assert min(result["memory"]["measured"]["bytes"].values()) > 0
     assert [set(epoch) for epoch in result["soak"]["measured"]["epochs"]] == [{"main", "workers"}] * 2
     assert len(capsys.readouterr().out.splitlines()) >= sum(len(result[name]["figures"]) for name in names)
     with pytest.raises(TrainingError, match="status 1"):

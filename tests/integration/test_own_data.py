@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import pytest
 import soundfile
 import torch
 from conftest import ROOT
-from tiny import MODEL_FLAGS, corpus
+from tiny import MODEL_FLAGS, SMALL, corpus
 
 import train
 from common import checkpoint
@@ -266,3 +269,55 @@ def test_six_languages_in_their_own_letters_train(tmp_path):
     state = finetune(lists, tmp_path / "finetune", start, *together, updates=2)
     assert set(state["labels"]) >= symbols
     assert torch.isfinite(weights(state)).all()
+
+
+# ---- The README ------------------------------------------------------------------------------------------------------
+
+
+def mixed_folder(folder: Path) -> None:
+    """Forty recordings of several kinds, and what lies around in such folders."""
+    rng = np.random.default_rng(0)
+    kinds = [("flac", 16000, 1), ("wav", 44100, 2), ("mp3", 44100, 1), ("ogg", 22050, 1), ("WAV", 8000, 1)]
+    for number in range(40):
+        ending, rate, channels = kinds[number % len(kinds)]
+        place = folder / f"speaker {number // 10}"
+        place.mkdir(parents=True, exist_ok=True)
+        seconds = rng.uniform(2.1, 2.6)
+        time = np.arange(int(seconds * rate)) / rate
+        wave = 0.3 * np.sin(2 * np.pi * rng.uniform(100, 900) * time) + 0.05 * rng.standard_normal(len(time))
+        soundfile.write(place / f"clip {number}.{ending}", np.stack([wave] * channels, 1), rate)
+    (folder / "notes.txt").write_text("no audio")
+    (folder / "broken.flac").write_bytes(b"nothing of the kind")
+
+
+def test_the_three_commands_of_the_readme_lead_from_a_folder_to_a_training(tmp_path):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = text.split("**Any folder of audio**", 1)[1].split("```")[1]
+    commands = block.strip().splitlines()
+    assert len(commands) == 3
+    audio = tmp_path / "audio"
+    mixed_folder(audio)
+    environment = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
+    environment |= SMALL | {"PATH": f"{Path(sys.executable).parent}:{environment['PATH']}", "OUTPUT_DIR": "out"}
+    for name in ("TRAIN_SUBSET", "VALID_SUBSET", "MIN_SAMPLE_SIZE"):
+        del environment[name]  # as the README and the recipe say
+    said = []
+    for command in commands:
+        command = command.replace("/my/audio", str(audio))
+        for place in ("utils/", "scripts/"):
+            command = command.replace(f" {place}", f" {ROOT}/{place}")
+        done = subprocess.run(
+            ["bash", "-c", command],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
+        said.append(done.stdout + done.stderr)
+    assert "8 files 44.1 kHz stereo -> 16 kHz mono" in said[0]
+    assert "broken.flac" in said[0]
+    assert "44.1 kHz stereo -> 16 kHz mono" in said[2]
+    assert checkpoint.update_path(tmp_path / "out", 2).exists()

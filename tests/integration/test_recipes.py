@@ -6,38 +6,15 @@ import os
 import re
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
-from tiny import corpus
+from tiny import SMALL, corpus
 
 from common import checkpoint
 
-SMALL = {
-    "DEVICE": "cpu",
-    "NUM_CONCAT_BATCHES": "1",
-    "WORLD_BATCHES": "2",
-    "MAX_TOKENS": "60000",
-    "MAX_UPDATE": "2",
-    "FREEZE_FINETUNE_UPDATES": "1",
-    "MIN_SAMPLE_SIZE": "0",
-    "NUM_WORKERS": "0",
-    "OMP_NUM_THREADS": "1",
-    "PYTHON": sys.executable,
-    "CONV_FEATURE_LAYERS": "[(16,10,5)]+[(16,3,2)]*4+[(16,2,2)]*2",
-    "ENCODER_LAYERS": "2",
-    "ENCODER_EMBED_DIM": "32",
-    "ENCODER_FFN_EMBED_DIM": "32",
-    "ENCODER_ATTENTION_HEADS": "4",
-    "FINAL_DIM": "16",
-    "LATENT_VARS": "8",
-    "MASK_CHANNEL_LENGTH": "4",
-    "TRAIN_SUBSET": "train",
-    "VALID_SUBSET": "valid",
-}
 HOURGLASS = {"HOURGLASS_CONFIG": "[1,(1,2),1]"}
 
 

@@ -8,7 +8,13 @@ from itertools import chain, groupby
 import numpy as np
 import pytest
 
-from common.data.sampler import PlannedSubBatch, UpdateSampler, plan_validation, temperature_weights
+from common.data.sampler import (
+    PlannedSubBatch,
+    UpdateSampler,
+    plan_validation,
+    sub_batches_alike,
+    temperature_weights,
+)
 from common.errors import ConfigError, DataError
 
 
@@ -333,3 +339,30 @@ def test_a_million_sub_batches_are_planned_in_arrays():
     plan = UpdateSampler(lengths=np.ones(1_000_000, np.int64), sub_batches_per_update=64, seed=1)
     assert plan.updates_per_epoch == 15_625
     assert len(plan.update(1, 15_624)) == 64
+
+
+@pytest.mark.parametrize(
+    ("per_update", "alike"),
+    [(1, 1), (2, 1), (8, 1), (15, 1), (16, 2), (24, 3), (32, 4), (60, 6), (64, 8), (128, 8), (67, 1)],
+)
+def test_an_update_keeps_eight_lengths(per_update, alike):
+    assert sub_batches_alike(per_update) == alike
+
+
+def test_sub_batches_that_are_joined_have_like_lengths_in_every_epoch():
+    """Lengths as in LibriSpeech; the Base recipe joins 8 of the 64 of an update."""
+    lengths = np.random.default_rng(0).permutation(np.linspace(32_000, 250_000, 6400).astype(np.int64))
+    plan = UpdateSampler(lengths=lengths, sub_batches_per_update=64, seed=3)
+    for epoch in (1, 2):
+        plans = epoch_of(plan, epoch)
+        joined = np.array([[lengths[part.sub_batch] for part in update] for update in plans]).reshape(-1, 8)
+        assert sorted(joined.ravel()) == sorted(lengths)
+        padded = 1 - joined.sum() / (joined.max(1) * 8).sum()
+        assert padded < 0.02
+        spread = [update[0] - update[-1] for update in joined.reshape(-1, 64)]
+        assert min(spread) > 40_000  # an update still has short ones and long ones
+    together = []
+    for epoch in (1, 2):
+        joined = np.array(numbers(epoch_of(plan, epoch))).reshape(-1, 8)
+        together.append({frozenset(group) for group in joined.tolist()})
+    assert len(together[0] & together[1]) < 10  # and other partners in every epoch
