@@ -11,7 +11,7 @@ import torch
 
 from common import distributed
 from common.data.batching import Bucketing
-from common.data.loader import TrainLoader, ValidLoader
+from common.data.loader import TrainLoader, UpdateLoader, ValidLoader
 from common.data.manifest import Manifest, find_list, join_manifests, read_manifest
 from common.data.masking import SpanMasking
 from common.data.prepare import train_loader, valid_loader
@@ -28,7 +28,7 @@ from wav2vec2.model import num_frames
 
 def build_loaders(
     config: Config, device: torch.device, dictionary: Dictionary | None
-) -> tuple[TrainLoader | StreamLoader, ValidLoader]:
+) -> tuple[UpdateLoader, ValidLoader]:
     """Training and validation data; fine-tuning has labels, pads, and does not mask in validation."""
     data, pretraining = config.data, config.mode == "pretrain"
     shared: dict[str, Any] = {

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from common import checkpoint, distributed, flags
-from common.data.loader import TrainLoader, ValidLoader
-from common.data.streaming import StreamLoader
+from common.data.loader import UpdateLoader, ValidLoader
 from common.ema import Ema
 from common.errors import CheckpointError, TrainingError
 from common.labels import Dictionary
@@ -67,7 +66,7 @@ class Run:
     optimizer: MixedPrecisionOptimizer
     schedule: Callable[[int], float]
     ema: Ema
-    train_loader: TrainLoader | StreamLoader
+    train_loader: UpdateLoader
     valid_loader: ValidLoader
     dictionary: Dictionary | None
     logger: RunLogger

@@ -8,7 +8,8 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -91,41 +92,25 @@ class BatchMaker(Dataset):
         return samples
 
 
-class TrainLoader:
-    """Endless updates, in an order that only (seed, epoch, position) decide."""
+class UpdateLoader(ABC):
+    """Endless updates, handed out one by one: what lists and streams have in common."""
 
     def __init__(
         self,
-        maker: BatchMaker,
-        sampler: UpdateSampler,
         *,
-        rank: int,
-        world: int,
-        concat: int,
+        updates_per_epoch: int,
         update_freq: int,
         num_workers: int,
         pin_memory: bool,
         sample_rate: int,
         bad_files: BadFiles,
     ) -> None:
-        """The product of world, concat and update_freq must be the sampler's sub-batches per update."""
-        self._maker, self._sampler = maker, sampler
-        self._layout = {"rank": rank, "world": world, "concat": concat, "update_freq": update_freq}
-        sampler.micro_batches(1, 0, **self._layout)  # a wrong product is refused now
-        self._update_freq, self._num_workers, self._pin_memory = update_freq, num_workers, pin_memory
+        """`updates_per_epoch` is the same in all epochs."""
+        self.updates_per_epoch = updates_per_epoch
         self.epoch, self.position = 1, 0
+        self._update_freq, self._num_workers, self._pin_memory = update_freq, num_workers, pin_memory
         self._updates: Iterator[list[Batch]] | None = None
         self._bad_files, self._conversions, self._work = bad_files, Conversions(sample_rate), Work(num_workers)
-
-    @property
-    def updates_per_epoch(self) -> int:
-        """Updates in an epoch; the same in all."""
-        return self._sampler.updates_per_epoch
-
-    @property
-    def left_over_share(self) -> float:
-        """Share of the sub-batches that sits out in an epoch."""
-        return self._sampler.left_over_share
 
     @property
     def at_epoch_end(self) -> bool:
@@ -145,25 +130,84 @@ class TrainLoader:
         """
         start = time.perf_counter()
         if self.at_epoch_end:
+            self._end_epoch()
             self.epoch, self.position = self.epoch + 1, 0
-            self._conversions.tell()
         if self._updates is None:
-            updates = self._read(self.epoch, self.position)
+            updates = self._read()
             self._updates = copied_ahead(updates, device) if device.type == "cuda" else updates
         batches = next(self._updates)
         for batch in batches:
-            self._conversions.add(batch.news.converted)
-            self._bad_files.add(batch.news.bad)
+            self._take(batch)
         self._work.add(batches, waited=time.perf_counter() - start)
         self.position += 1
         return batches
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader stands, and the plan that this refers to: all ranks call it together."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue behind a saved position, or begin the epoch again if the plan is another one now."""
+
+    def close(self) -> None:
+        """Stop the workers; the next update starts new ones."""
+        self._updates = None
+
+    @abstractmethod
+    def _batches(self) -> Iterator[Batch]:
+        """Micro-batches from the present position on, on the host, without end."""
+
+    def _read(self) -> Iterator[list[Batch]]:
+        batches = self._batches()
+        while True:
+            yield [next(batches) for _ in range(self._update_freq)]
+
+    def _take(self, batch: Batch) -> None:
+        """Take note of what a worker found. DataError when too many files are bad."""
+        self._conversions.add(batch.news.converted)
+        self._bad_files.add(batch.news.bad)
+
+    def _end_epoch(self) -> None:
+        self._conversions.tell()
+
+
+class TrainLoader(UpdateLoader):
+    """The updates of a list, in an order that only (seed, epoch, position) decide."""
+
+    def __init__(
+        self,
+        maker: BatchMaker,
+        sampler: UpdateSampler,
+        *,
+        rank: int,
+        world: int,
+        concat: int,
+        update_freq: int,
+        num_workers: int,
+        pin_memory: bool,
+        sample_rate: int,
+        bad_files: BadFiles,
+    ) -> None:
+        """The product of world, concat and update_freq must be the sampler's sub-batches per update."""
+        super().__init__(
+            updates_per_epoch=sampler.updates_per_epoch,
+            update_freq=update_freq,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            sample_rate=sample_rate,
+            bad_files=bad_files,
+        )
+        self._maker, self._sampler = maker, sampler
+        self._layout = {"rank": rank, "world": world, "concat": concat, "update_freq": update_freq}
+        sampler.micro_batches(1, 0, **self._layout)  # a wrong product is refused now
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch and position of what has been handed out, and the plan that they refer to."""
         place = self.epoch, self.position, self.updates_per_epoch
         return dict(zip(POSITION, place, strict=True)) | self._fingerprint()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue behind a saved position; from the start of its epoch if the plan is another one now."""
         self.close()
         self.epoch, self.position = state["epoch"], state["position"]
@@ -177,16 +221,9 @@ class TrainLoader:
             )
             self.position = 0
 
-    def close(self) -> None:
-        """Stop the workers; the next update starts new ones."""
-        self._updates = None
-
-    def _read(self, epoch: int, position: int) -> Iterator[list[Batch]]:
-        """Updates from a position on, on the host, without end."""
-        keys = self._keys(epoch, position)
-        batches = read_batches(self._maker, keys, self._num_workers, self._pin_memory, self._bad_files)
-        while True:
-            yield [next(batches) for _ in range(self._update_freq)]
+    def _batches(self) -> Iterator[Batch]:
+        keys = self._keys(self.epoch, self.position)
+        return read_batches(self._maker, keys, self._num_workers, self._pin_memory, self._bad_files)
 
     def _fingerprint(self) -> dict[str, Any]:
         """What must agree for a position to mean the same."""

@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from common import distributed
 from common.data.batching import plan_sub_batches
 from common.data.collate import Batch, Collator, FileNews
 from common.data.dataset import Waveforms
-from common.data.loader import CPU, copied_ahead, read_batches
+from common.data.loader import UpdateLoader, read_batches
 from common.data.manifest import Manifest
 from common.data.masking import SpanMasking
 from common.data.sampler import PlannedSubBatch
@@ -35,7 +34,7 @@ from common.data.segment import RandomSegment
 from common.data.selection import LengthLimits, check_crop
 from common.data.shard_reading import ClipReader, Part, StreamedClip, Tally, shuffled, webdataset
 from common.data.shards import shards_of_rank
-from common.data.watch import BadFiles, Conversions, Work
+from common.data.watch import BadFiles
 from common.errors import ConfigError, DataError, UserError
 from common.rng import key, numpy_rng
 
@@ -217,13 +216,11 @@ class BatchStream(IterableDataset):
 # ---- Updates ---------------------------------------------------------------------------------------------------------
 
 
-class StreamLoader:
-    """Endless updates of a stream, with the interface of TrainLoader; an epoch is so many updates.
+class StreamLoader(UpdateLoader):
+    """The updates of a stream; an epoch is so many of them.
 
     What a rank has handed out is, for each of its workers, a pass and a number of micro-batches.
     """
-
-    left_over_share = 0.0  # of the sub-batches; the stream goes on where an epoch ends
 
     def __init__(
         self,
@@ -238,40 +235,17 @@ class StreamLoader:
         plan: Mapping[str, int],
     ) -> None:
         """`plan`: numbers that must agree for a saved position to mean the same."""
-        self._stream, self._num_workers, self._pin_memory = stream, num_workers, pin_memory
-        self.updates_per_epoch = epoch_size
-        self.epoch, self.position = 1, 0
-        self._updates: Iterator[list[Batch]] | None = None
-        self._bad_files, self._max_bad_share = bad_files, max_bad_share
-        self._conversions, self._work = Conversions(sample_rate), Work(num_workers)
+        super().__init__(
+            updates_per_epoch=epoch_size,
+            update_freq=stream.update_freq,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            sample_rate=sample_rate,
+            bad_files=bad_files,
+        )
+        self._stream, self._max_bad_share = stream, max_bad_share
         self._clips = self._left_out = 0
         self._plan = dict(plan)
-
-    @property
-    def at_epoch_end(self) -> bool:
-        """Whether the last update of the epoch has been handed out."""
-        return self.position >= self.updates_per_epoch
-
-    def take_work(self) -> Work:
-        """What it took to make the batches that were handed out since the last call."""
-        work, self._work = self._work, Work(self._num_workers)
-        return work
-
-    def next_update(self, device: torch.device = CPU) -> list[Batch]:
-        """This rank's micro-batches of the next update (see TrainLoader.next_update)."""
-        start = time.perf_counter()
-        if self.at_epoch_end:
-            self._tell()
-            self.epoch, self.position = self.epoch + 1, 0
-        if self._updates is None:
-            updates = self._read()
-            self._updates = copied_ahead(updates, device) if device.type == "cuda" else updates
-        batches = next(self._updates)
-        for batch in batches:
-            self._take(batch)
-        self._work.add(batches, waited=time.perf_counter() - start)
-        self.position += 1
-        return batches
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, position and the places of all ranks' workers: all ranks have to call it together."""
@@ -298,22 +272,15 @@ class StreamLoader:
         self._stream.places = [(latest + 1, 0) for _ in self._stream.places]
         self._stream.next_worker = self.position = 0
 
-    def close(self) -> None:
-        """Stop the workers; the next update starts new ones."""
-        self._updates = None
-
     @property
     def _rank(self) -> int:
         return self._stream.parts[0].rank
 
-    def _read(self) -> Iterator[list[Batch]]:
-        """Updates from the present places on, on the host, without end."""
-        batches = read_batches(self._stream, None, self._num_workers, self._pin_memory, self._bad_files)
-        while True:
-            yield [next(batches) for _ in range(self._stream.update_freq)]
+    def _batches(self) -> Iterator[Batch]:
+        return read_batches(self._stream, None, self._num_workers, self._pin_memory, self._bad_files)
 
     def _take(self, batch: Batch) -> None:
-        """Note where the worker of a batch stands, and what it found. DataError when too many files are bad."""
+        """Take note of where the worker of a batch stands, too."""
         if not isinstance(batch, StreamedBatch):
             raise TypeError(f"{type(batch).__name__} does not come from a stream")
         stream = self._stream
@@ -321,17 +288,16 @@ class StreamLoader:
         stream.next_worker = (stream.next_worker + 1) % len(stream.places)
         self._left_out += batch.left_out
         self._clips += batch.num_rows
-        self._conversions.add(batch.news.converted)
-        self._bad_files.add(batch.news.bad)
+        super()._take(batch)
         if batch.news.bad and len(self._bad_files) > self._max_bad_share * max(self._clips, FEW):
             raise DataError(
                 f"{batch.news.bad[-1]}; {len(self._bad_files)} clips cannot be used, after {self._clips} that can, "
                 f"which is more than --max_bad_share {self._max_bad_share:g}"
             )
 
-    def _tell(self) -> None:
-        """Log what an epoch has left out."""
-        self._conversions.tell()
+    def _end_epoch(self) -> None:
+        """Log what the epoch has left out."""
+        super()._end_epoch()
         if self._left_out:
             log.info("epoch %d left out %d clips outside the limits of length", self.epoch, self._left_out)
         self._left_out = 0

@@ -96,7 +96,7 @@ def test_waste_is_that_of_the_batches_that_training_gets(crop, concat, update_fr
     assert found["padded"] == pytest.approx(1 - speech / numbers)
     assert found["cropped"] == pytest.approx(1 - used / kept)
     assert found["too_short"] == pytest.approx(1 - kept / lengths.sum())
-    assert found["left_over"] == loader.left_over_share
+    assert found["left_over"] == loader._sampler.left_over_share
     assert (found["padded"] > 0) == (concat > 1 or not crop)
     assert found["cropped"] > 0
 
