@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 from dataclasses import replace
@@ -121,7 +122,8 @@ def _child(array, write, pipe):
 
 
 def test_unique_bytes_are_what_a_process_does_not_share():
-    size = 64 << 20
+    size = 256 << 20  # beside which what the tests before have left does not count
+    gc.collect()
     before = data_parts.trimmed_bytes()
     array = np.ones(size, np.uint8)
     assert data_parts.trimmed_bytes() - before == pytest.approx(size, rel=0.1)

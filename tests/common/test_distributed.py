@@ -151,7 +151,7 @@ def test_an_error_on_one_rank_ends_the_run_instead_of_waiting_for_the_others():
 def test_cpu_processes_share_the_cores(monkeypatch, cores, processes, threads):
     chosen = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    monkeypatch.setattr(distributed, "_usable_cores", lambda: cores)
+    monkeypatch.setattr(distributed, "usable_cores", lambda: cores)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     distributed.set_threads(torch.device("cpu"))

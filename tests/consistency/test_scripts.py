@@ -140,10 +140,25 @@ def test_every_variable_of_the_launcher_sets_the_flag_beside_it(mode, command):
         if flag != "init_from":
             variables.setdefault(variable, "true")
     wanted["update_freq"] = ["1"]
+    del wanted["train_subset"]  # the shards say what is trained on
     words = command("train", mode, **{**variables, "DEVICE": "7"})
     _, flags = program_and_flags(words)
     groups = " ".join(flags[1:]).split("--")[1:]
     assert {group.split()[0]: group.split()[1:] for group in groups} == wanted
+
+
+@pytest.mark.parametrize(
+    ("variables", "given", "left_out"),
+    [
+        ({"IS_TARRED": "true"}, ["--is_tarred"], ["--train_subset", "--streaming"]),
+        ({"STREAMING": "true", "EPOCH_SIZE": "9"}, ["--streaming", "--epoch_size"], ["--train_subset", "--is_tarred"]),
+    ],
+)
+def test_shards_take_the_place_of_a_training_list(variables, given, left_out, command):
+    words = command("pretrain_base", TARRED_FILEPATHS="s_{0..3}.tar", **variables)
+    assert words[words.index("--tarred_filepaths") + 1] == "s_{0..3}.tar"
+    assert all(flag in words for flag in given)
+    assert not any(flag in words for flag in left_out)
 
 
 @pytest.mark.parametrize("variable", ["INIT_FROM", "RESUME_FROM"])

@@ -509,11 +509,11 @@ def test_files_that_are_no_fine_tuned_model_end_with_status_1(folder, tmp_path, 
 
 def test_bad_audio_ends_with_status_1(folder, tmp_path, capsys):
     wave = 0.1 * np.random.default_rng(0).standard_normal(16000)
-    soundfile.write(tmp_path / "rate.wav", wave, 8000)
+    soundfile.write(tmp_path / "infinite.wav", np.append(wave, np.inf), 16000, subtype="FLOAT")
     soundfile.write(tmp_path / "short.wav", wave[:300], 16000)
     (tmp_path / "text.wav").write_text("no audio")
     for name, samples, reason in (
-        ("rate", 16000, "8000 Hz"),
+        ("infinite", 16001, "NaN or infinite"),
         ("short", 300, "too short"),
         ("text", 16000, "not audio"),
     ):

@@ -518,7 +518,15 @@ def test_an_interruption_ends_all_processes_and_writes_nothing(tmp_path, number)
     write_list(tmp_path / "x.tsv", tmp_path, [("x.flac", 400 * RATE, "")] * 5000, labels=False)
     outputs = ["--fix", tmp_path / "fixed.tsv", "--json", tmp_path / "x.json"]
     command = [sys.executable, PROGRAM, tmp_path / "x.tsv", "--workers", "2", *outputs]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        ),  # a suite in the background ignores it
+    )
     while process.poll() is None and len(started := children(process.pid)) < 2:
         time.sleep(0.02)
     time.sleep(0.3)
