@@ -52,7 +52,7 @@ def build_loaders(
         "max_sample_size": data.max_sample_size or None,
         "limits": LengthLimits(data.min_sample_size, data.min_duration, data.max_duration),
         "trim_silence": data.trim_silence,
-        "segment": _segment(data),
+        "segment": _segment(config),
         "time_mask": _span_masking(config.mask.of_time()),
         "channel_mask": _span_masking(config.mask.of_channels()),
         "channels": config.model.encoder_embed_dim,
@@ -133,12 +133,16 @@ def _of_shards(config: Config) -> Manifest:
     return join_manifests(parts, name="shards")
 
 
-def _segment(data: DataConfig) -> RandomSegment | None:
+def _segment(config: Config) -> RandomSegment | None:
+    data = config.data
     if not data.random_segment_sec:
         return None
-    return RandomSegment(
+    segment = RandomSegment(
         data.random_segment_sec, data.random_segment_prob, data.random_segment_pad, data.random_segment_min_rms_db
     )
+    if num_frames(segment.samples(config.model.sample_rate), config.model.conv_layers()) < 1:
+        raise ConfigError(f"--random_segment_sec {data.random_segment_sec:g}: gives no frame; give more seconds")
+    return segment
 
 
 def _bucketing(data: DataConfig) -> Bucketing | None:

@@ -21,7 +21,7 @@ from tiny import MODEL_FLAGS, SMALL, corpus
 
 import train
 from common import checkpoint
-from common.errors import CheckpointError, DataError
+from common.errors import CheckpointError, ConfigError, DataError
 from utils import convert_manifest, generate_dictionary, generate_filelist, libri_labels, make_shards
 
 MULTI = ROOT.parent / "shared" / "speech" / "multi"
@@ -149,6 +149,11 @@ def test_every_choice_of_lengths_and_batches_trains_and_resumes_bit_for_bit(data
     resumed = pretrain(data, tmp_path / "parts", *more, "--resume", updates=4)
     assert torch.equal(weights(whole), weights(train_to_end))
     assert torch.equal(weights(whole), weights(resumed))
+
+
+def test_a_segment_without_a_frame_is_refused(data, tmp_path):
+    with pytest.raises(ConfigError, match="--random_segment_sec 0.02: gives no frame"):
+        pretrain(data, tmp_path / "out", "--random_segment_sec", "0.02")
 
 
 def test_padding_to_the_end_of_a_bucket_changes_no_loss(data, tmp_path):
