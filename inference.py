@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from common import distributed, flags
+from common.data.manifest import find_list
 from common.entry import run_program
 from common.logger import RunLogger, progress, setup_console
 from wav2vec2 import latency, transcribe
@@ -97,10 +98,14 @@ def open_speech(config: InferenceConfig, recognizer: Recognizer, *, pin_memory: 
     """What --valid_subset, --transcribe_filelist or --transcribe_wav names."""
     if config.transcribe_wav:
         return transcribe.SingleFile(config.transcribe_wav, recognizer)
-    subset = Path(config.data) / config.valid_subset  # a name may have dots of its own
+    if config.transcribe_filelist:
+        path, labels = Path(config.transcribe_filelist), None
+    else:
+        path = find_list(Path(config.data), config.valid_subset)
+        labels = Path(config.data) / f"{config.valid_subset}.{config.labels}"  # a name may have dots of its own
     return transcribe.open_list(
-        Path(config.transcribe_filelist or f"{subset}.tsv"),
-        None if config.transcribe_filelist else Path(f"{subset}.{config.labels}"),
+        path,
+        labels,
         recognizer,
         max_tokens=config.max_tokens,
         batch_size=config.batch_size,

@@ -69,8 +69,8 @@ add bucket_cap_mb BUCKET_CAP_MB
 
 # Data
 add data FILELISTS_DIR
-# shards say themselves what is trained on
-if [ -z "${TARRED_FILEPATHS:-}" ]; then add train_subset TRAIN_SUBSET; fi
+# shards say themselves what is trained on, and rows of buckets what a sub-batch holds; also as flags behind
+case "${TARRED_FILEPATHS:+--tarred} $*" in *--tarred*) ;; *) add train_subset TRAIN_SUBSET ;; esac
 add valid_subset VALID_SUBSET
 add manifest_format MANIFEST_FORMAT
 add dataset_weights DATASET_WEIGHTS
@@ -87,8 +87,10 @@ add max_duration MAX_DURATION
 add_switch trim_silence TRIM_SILENCE
 add num_batch_buckets NUM_BATCH_BUCKETS
 add bucketing_strategy BUCKETING_STRATEGY
+add_list bucketing_batch_size BUCKETING_BATCH_SIZE
+add shard_manifests SHARD_MANIFESTS
 add num_workers NUM_WORKERS
-add max_tokens MAX_TOKENS
+case "${BUCKETING_BATCH_SIZE:+--bucketing_batch_size} $*" in *--bucketing_batch_size*) ;; *) add max_tokens MAX_TOKENS ;; esac
 add max_tokens_valid MAX_TOKENS_VALID
 add required_batch_size_multiple REQUIRED_BATCH_SIZE_MULTIPLE
 add num_concat_batches NUM_CONCAT_BATCHES

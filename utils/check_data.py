@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
         fix(args, lists[-1])
     sys.stdout.flush()
     if problem:
-        raise DataError(problem + ("" if args.fix else "; correct it, or leave it out with --fix OUT"))
+        raise DataError(problem + ("" if args.fix else "; correct it, or leave out utterances with --fix OUT"))
     print("nothing found that would stop or spoil a run" + (" (headers only)" if args.headers_only else ""))
 
 

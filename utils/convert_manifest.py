@@ -137,6 +137,9 @@ def _moved_root(root: str, old: Path, new: Path) -> str:
 
 def _to_tsv(json_path: Path, output: Path, *, root: Path | None, sample_rate: int, read_lengths: bool) -> None:
     """Write a manifest as a list and, when it has texts, its .ltr and .wrd labels."""
+    for labels in (output.with_suffix(".ltr"), output.with_suffix(".wrd")):
+        if labels.exists() and not output.exists():  # not of an earlier conversion
+            raise ConfigError(f"{labels}: is there without {output.name}, and would be lost; give OUT another name")
     columns, num_samples = manifest_files.read_json(json_path, sample_rate=sample_rate, text=True)
     rows = range(len(num_samples))
     if columns.starts is not None and (columns.starts > 0).any():

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.data.audio import AudioInfo, read_info
-from common.errors import DataError
+from common.errors import ConfigError, DataError
 from utils import program
 
 # What people have and libsndfile reads. Its other formats are asked for by name (--extensions).
@@ -62,6 +62,17 @@ def read_filelist(tsv: Path) -> FileList:
         paths.append(path)
         lengths.append(int(samples))
     return FileList(Path(lines[0]), tuple(paths), tuple(lengths))
+
+
+def check_target(tsv: Path) -> None:
+    """Refuse a name that is no list's, and a file that is no list: it would be lost. Raises ConfigError."""
+    if tsv.suffix != ".tsv":
+        raise ConfigError(f"{tsv}: the name of a file list ends in .tsv; give another name")
+    if tsv.is_file():
+        try:
+            read_filelist(tsv)
+        except DataError:
+            raise ConfigError(f"{tsv}: is there and is no file list; give another name, or move it away") from None
 
 
 def write_filelist(tsv: Path, files: FileList) -> None:

@@ -82,6 +82,9 @@ def write_list(out: Path, root: Path, paths: Sequence[str], infos: Sequence[Audi
 def main(argv: list[str] | None = None) -> None:
     """Make the list."""
     args = parse_args(argv)
+    for out in (args.out, args.valid_out):
+        if out is not None:
+            filelists.check_target(out)
     if not args.dir.is_dir():
         raise DataError(f"{args.dir}: no such folder; give the folder that holds the audio")
     root = args.dir.resolve()

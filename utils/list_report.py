@@ -171,7 +171,7 @@ def line_number(manifest: Manifest, index: int) -> int:
 def text(content: dict[str, Any]) -> Iterator[str]:
     """The lines of the report: every list, all together, then what was found."""
     parts = [(Path(part["list"]).name, part) for part in content["lists"]]
-    if len(parts) > 1:
+    if len(parts) > 2:
         parts.append(("together", content["together"]))
     for name, part in parts:
         yield from _part_text(name, part, content["dictionary"] or "no dictionary")
@@ -182,7 +182,7 @@ def text(content: dict[str, Any]) -> Iterator[str]:
 def _part_text(name: str, part: dict[str, Any], dictionary: str) -> Iterator[str]:
     seconds = part["seconds"]
     yield (
-        f"{name}: {part['utterances']:,} utterances, {part['hours']:,.2f} h, {seconds['shortest']:.2f} to "
+        f"{name}: {part['utterances']:,} utterances, {_hours(part['hours'])} h, {seconds['shortest']:.2f} to "
         f"{seconds['longest']:.2f} s, median {seconds['median']:.2f} s"
     )
     rows = [
@@ -191,7 +191,7 @@ def _part_text(name: str, part: dict[str, Any], dictionary: str) -> Iterator[str
     ]
     yield from _table(["audio", "container", "utterances", "hours", ""], rows, "<<>><")
     if part.get("labels_fault"):
-        yield f"  labels    error: {part['labels_fault']}"
+        yield "  labels    cannot be used, see below"
     elif "labels" in part:
         yield f"  labels    {part['labels']}, {dictionary}" if part["labels"] else "  labels    none"
     if part.get("unknown_symbols"):
@@ -205,6 +205,7 @@ def _part_text(name: str, part: dict[str, Any], dictionary: str) -> Iterator[str
             "would be cut off" if limit["limit"] == "max_sample_size" else "would be left out",
         ]
         for limit in part["limits"]
+        if limit["utterances"]
     ]
     yield from _table(["limit", "utterances", "hours", "", ""], rows, "<>>><")
 
@@ -214,7 +215,7 @@ def _histogram_text(histogram: dict[str, Any]) -> Iterator[str]:
     edges, counts = histogram["edges"], histogram["utterances"]
     most = max(counts)
     rows = [
-        [f"{low:g} to {high:.4g}", f"{count:,}", f"{hours:,.2f}", "#" * -(-BAR * count // most)]
+        [f"{low:g} to {high:.4g}", f"{count:,}", _hours(hours), "#" * -(-BAR * count // most)]
         for low, high, count, hours in zip(edges, edges[1:], counts, histogram["hours"], strict=False)
     ]
     yield from _table(["seconds", "utterances", "hours", ""], rows, ">>><")
@@ -222,6 +223,9 @@ def _histogram_text(histogram: dict[str, Any]) -> Iterator[str]:
 
 def _findings_text(content: dict[str, Any]) -> Iterator[str]:
     """What was found, errors first, the first offenders of a kind over all lists."""
+    for part in content["lists"]:
+        if part["labels_fault"]:
+            yield f"error  labels: {part['labels_fault']}"
     for kind in KINDS:
         found = [finding for part in content["lists"] for finding in part["findings"] if finding["kind"] == kind.name]
         number = sum(finding["utterances"] for finding in found)
@@ -229,7 +233,7 @@ def _findings_text(content: dict[str, Any]) -> Iterator[str]:
             continue
         severity = "error " if kind.is_error else "remark"
         hours = sum(finding["hours"] for finding in found)
-        yield f"{severity} {kind.name}: {kind.meaning}; {number:,} utterances, {hours:,.2f} h"
+        yield f"{severity} {kind.name}: {kind.meaning}; {number:,} utterances, {_hours(hours)} h"
         first = [offender for finding in found for offender in finding["first"]][:SHOWN]
         yield from (f"    {offender['where']}: {offender['path']}: {offender['detail']}" for offender in first)
         if number > len(first):
@@ -243,7 +247,12 @@ def _findings_text(content: dict[str, Any]) -> Iterator[str]:
 
 
 def _amount(row: dict[str, Any]) -> tuple[str, str]:
-    return f"{row['utterances']:,}", f"{row['hours']:,.2f}"
+    return f"{row['utterances']:,}", _hours(row["hours"])
+
+
+def _hours(hours: float) -> str:
+    """Hours, of small corpora with more digits."""
+    return f"{hours:,.2f}" if hours >= 10 else f"{hours:.3f}"
 
 
 def _symbols(counts: dict[str, int]) -> str:
@@ -274,12 +283,15 @@ def draw_lengths(out: Path, lists: Sequence[CheckedList], sample_rate: int) -> N
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     seconds = [part.manifest.num_samples / sample_rate for part in lists]
-    edges = np.linspace(0, max(float(own.max()) for own in seconds), 100).tolist()
+    together = np.concatenate(seconds)
+    number = int(np.clip(4 * np.sqrt(len(together)), 10, 100))  # few clips make few bars
+    edges = np.linspace(0, float(together.max()), number + 1).tolist()
     for part, own in zip(lists, seconds, strict=True):
-        label = f"{part.path.name}: {len(own):,} utterances, {own.sum() / 3600:,.1f} h"
+        label = f"{part.path.name}: {len(own):,} utterances, {_hours(own.sum() / 3600)} h"
         axes.hist(own, edges, histtype="stepfilled" if len(lists) == 1 else "step", label=label)
-    axes.set(xlabel="seconds", ylabel="utterances", xlim=(0, None))
-    axes.legend()
+    axes.set(title="lengths of utterances", xlabel="seconds", ylabel="utterances", xlim=(0, None))
+    axes.locator_params(axis="y", integer=True)
+    figure.legend(loc="outside lower center", ncols=min(len(lists), 2))
     with program.writing(out):
         figure.savefig(out, format="png", dpi=150)
     pyplot.close(figure)

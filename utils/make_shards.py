@@ -280,19 +280,29 @@ def _lines(paths: Iterable[Path]) -> Iterator[str]:
 # ---- Lists of shards that are there ----------------------------------------------------------------------------------
 
 
-def read_shard(sources: tuple[Sequence[Path], int], number: int) -> list[tuple[ShardClip, int]]:
-    """The clips of a shard and their samples at the model's rate; only headers are read. DataError for a bad clip."""
+def read_shard(sources: tuple[Sequence[Path], int], number: int) -> tuple[list[tuple[ShardClip, int]], list[str]]:
+    """The clips of a shard with their samples at the model's rate, and what is wrong with others, by their headers."""
     path, sample_rate = sources[0][number], sources[1]
-    return [
-        (clip, read_info(Clip(path, (clip.offset, clip.size)), f"{path}: {clip.name}").num_samples(sample_rate))
-        for clip in index_shard(path)
-    ]
+    found, bad = [], []
+    for clip in index_shard(path):
+        try:
+            info = read_info(Clip(path, (clip.offset, clip.size)), f"{path}: {clip.name}")
+        except DataError as error:
+            bad.append(str(error))
+        else:
+            found.append((clip, info.num_samples(sample_rate)))
+    return found, bad
 
 
 def list_shards(args: argparse.Namespace) -> None:
     """Write the list of every shard beside it or, with --output, one list of all."""
     shards = [Path(name) for pattern in args.paths for name in expand_pattern(pattern)]
-    found = _in_parallel(read_shard, (shards, args.sample_rate), len(shards), args.workers)
+    read = _in_parallel(read_shard, (shards, args.sample_rate), len(shards), args.workers)
+    found, bad = [clips for clips, _ in read], [message for _, messages in read for message in messages]
+    if bad and not args.skip_bad:
+        raise DataError("\n  ".join((f"{len(bad)} clips cannot be listed; leave them out with --skip_bad", *bad[:10])))
+    if bad:
+        print("\n  ".join((f"{len(bad)} clips cannot be listed and are left out", *bad[:10])))
     empty = [path for path, clips in zip(shards, found, strict=True) if not clips]
     if empty:
         raise DataError(f"{empty[0]}: has no audio; its members should be named KEY.flac or KEY.wav")
@@ -351,6 +361,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("paths", nargs="+", metavar="PATH", help="LIST OUT_DIR; with --index: shards, or patterns")
     parser.add_argument("--index", action="store_true", help="make the lists of shards that are there")
     parser.add_argument("--output", type=Path, metavar="LIST.tsv", help="with --index: one list of all shards")
+    parser.add_argument("--skip_bad", action="store_true", help="with --index: leave out clips that cannot be read")
     parser.add_argument("--num_shards", type=_count, help="shards to write (default: as --shard_size gives)")
     parser.add_argument("--shard_size", type=_count, help=f"most clips of a shard (default: {SHARD_SIZE})")
     parser.add_argument("--name", help="beginning of the names of the shards (default: that of the list)")
@@ -367,6 +378,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(f"--{useless[0]}: has no effect with --index, which writes no shards; leave it out")
     if args.index and args.output and args.output.suffix != ".tsv":
         raise ConfigError(f"--output {args.output}: the name of a file list ends in .tsv")
+    if args.skip_bad and not args.index:
+        raise ConfigError("--skip_bad: only with --index; clean the list with utils/check_data.py --fix")
     if args.output and not args.index:
         raise ConfigError("--output: only with --index; the second path is the folder of the shards")
     if not args.index and len(args.paths) != 2:

@@ -12,14 +12,14 @@ import torch
 from common import distributed
 from common.data.batching import Bucketing
 from common.data.loader import TrainLoader, UpdateLoader, ValidLoader
-from common.data.manifest import Manifest, find_list, join_manifests, read_manifest
+from common.data.manifest import JSON_SUFFIXES, Manifest, find_list, join_manifests, read_manifest
 from common.data.masking import SpanMasking
 from common.data.prepare import train_loader, valid_loader
 from common.data.segment import RandomSegment
 from common.data.selection import LengthLimits
 from common.data.shards import expand_pattern
 from common.data.streaming import StreamLoader, stream_loader
-from common.errors import ConfigError
+from common.errors import ConfigError, DataError
 from common.labels import Dictionary
 from wav2vec2.config import Config
 from wav2vec2.data_config import DataConfig
@@ -43,7 +43,7 @@ def build_loaders(
         "num_workers": data.num_workers,
         "pin_memory": device.type == "cuda",
         "skip_bad": data.on_bad_file == "skip",
-        "max_bad_share": data.max_bad_share,
+        "bad_files": _bad_files(config),
     }
     training: dict[str, Any] = shared | {
         "max_tokens": data.max_tokens,
@@ -58,7 +58,7 @@ def build_loaders(
         "channels": config.model.encoder_embed_dim,
         "concat": data.num_concat_batches,
         "update_freq": data.update_freq,
-        "bad_files": _bad_files(config),
+        "max_bad_share": data.max_bad_share,
     }
     valid = valid_loader(
         _read_list(config, data.valid_subset),
@@ -100,6 +100,7 @@ def _stream(config: Config, training: dict[str, Any]) -> StreamLoader:
         strategy=shards.tarred_shard_strategy,
         shuffle_n=shards.shuffle_n,
         epoch_size=shards.epoch_size,
+        short=shards.stream_short,
         **training,
     )
 
@@ -110,7 +111,7 @@ def _read_list(config: Config, subset: str) -> Manifest:
     folder, finetuning = Path(data.data), config.mode == "finetune"
     path = find_list(folder, subset, data.manifest_format)
     labels = folder / f"{subset}.{data.labels}"
-    if not finetuning or (path.suffix != ".tsv" and not labels.exists()):
+    if not finetuning or (path.suffix in JSON_SUFFIXES and not labels.exists()):
         return read_manifest(path, sample_rate=config.model.sample_rate, text=finetuning)
     return read_manifest(path, labels, sample_rate=config.model.sample_rate)
 
@@ -121,7 +122,15 @@ def _of_shards(config: Config) -> Manifest:
     lists = [shard.with_suffix(".tsv") for shard in shards]
     if config.shards.shard_manifests:
         lists = [Path(name) for name in expand_pattern(config.shards.shard_manifests)]
-    for shard, path in zip(shards, lists, strict=False):
+        if len(lists) != len(shards):
+            raise ConfigError(
+                f"--shard_manifests {config.shards.shard_manifests}: {len(lists)} lists for {len(shards)} shards; "
+                "name one for each, in the same order"
+            )
+    for shard in shards:
+        if not shard.exists():
+            raise DataError(f"--tarred_filepaths: {shard}: no such file; correct the pattern or the folder")
+    for shard, path in zip(shards, lists, strict=True):
         if not path.exists():
             raise ConfigError(
                 f"--tarred_filepaths {shard}: its list {path} is missing; make it with utils/make_shards.py --index, "
@@ -130,6 +139,13 @@ def _of_shards(config: Config) -> Manifest:
     finetuning, rate = config.mode == "finetune", config.model.sample_rate
     labels = [path.with_suffix(f".{config.data.labels}") if finetuning else None for path in lists]
     parts = [read_manifest(*pair, sample_rate=rate) for pair in zip(lists, labels, strict=True)]
+    for shard, part in zip(shards, parts, strict=True):
+        clip = part[0].clip
+        if clip.span is None or clip.path.name != shard.name:
+            raise DataError(
+                f"{part[0].where}: {clip.path} is no clip of the shard {shard}; make its list with "
+                "utils/make_shards.py --index, or read the shards with --streaming"
+            )
     return join_manifests(parts, name="shards")
 
 

@@ -10,7 +10,7 @@ from wav2vec2.data_config import DataConfig, ShardConfig
 
 OF_BUCKETS = ("bucketing_type", "bucketing_strategy", "bucketing_batch_size", "bucketing_weights")
 OF_SEGMENTS = ("random_segment_prob", "random_segment_pad", "random_segment_min_rms_db")
-OF_STREAMS = ("epoch_size", "shuffle_n", "tarred_shard_strategy")
+OF_STREAMS = ("epoch_size", "shuffle_n", "stream_short", "tarred_shard_strategy")
 NOT_OF_STREAMS = (
     *("join_short", "num_batch_buckets", *OF_BUCKETS, "semi_sorted"),
     *("dataset_weights", "dataset_temperature", "train_subset"),
@@ -34,6 +34,7 @@ def check_data(data: DataConfig, shards: ShardConfig, mode: str, explicit: Colle
         ("shard_manifests", tarred, "with --is_tarred or --streaming"),
         ("train_subset", not tarred, "without --is_tarred and --streaming: the shards say what is trained on"),
         *((name, shards.streaming, "with --streaming") for name in OF_STREAMS),
+        ("stream_short", data.max_sample_size > 0, "with --max_sample_size"),
         *((name, not shards.streaming, "without --streaming") for name in NOT_OF_STREAMS),
     ]
     for name, has_effect, condition in needs:

@@ -146,6 +146,11 @@ class ShardConfig:
     )
     epoch_size: int = flag(0, "updates of an epoch of a stream", minimum=0)
     shuffle_n: int = flag(2048, "clips among which a stream is shuffled; 0 does not shuffle", minimum=0)
+    stream_short: str = flag(
+        "keep",
+        "what clips of a stream below --max_sample_size do: stay as they are, are left out, or get zeros up to it",
+        choices=("keep", "skip", "pad"),
+    )
     tarred_shard_strategy: str = flag(
         "scatter",
         "how processes share the shards of a stream: each has its part, or each reads all",

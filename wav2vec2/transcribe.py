@@ -21,7 +21,7 @@ from common.data.audio import normalize, read_audio
 from common.data.collate import Batch, Collator
 from common.data.dataset import Sample
 from common.data.loader import ValidLoader
-from common.data.manifest import read_manifest
+from common.data.manifest import JSON_SUFFIXES, read_manifest
 from common.data.prepare import valid_loader
 from common.data.sampler import PlannedSubBatch
 from common.errors import CheckpointError, ConfigError, DataError
@@ -185,14 +185,19 @@ def open_list(
 ) -> FileList:
     """The utterances of a list; `labels` are texts to score against and need not be spelt with the dictionary.
 
+    Where a JSON manifest has no such file beside it, its own texts are the labels.
+
     A batch has at most `max_tokens` samples, padding included, or one utterance, and at most `batch_size`
     utterances; 0 is no limit.
 
     Raises DataError for a malformed list, an utterance shorter than one frame, and labels without any word.
     """
-    manifest = read_manifest(tsv, labels)
+    own_texts = labels is not None and tsv.suffix in JSON_SUFFIXES and not labels.exists()
+    rate = recognizer.model.sample_rate
+    manifest = read_manifest(tsv, None if own_texts else labels, sample_rate=rate, text=own_texts)
     if labels is not None:
-        _check_references([words(manifest.text(i) or "") for i in range(len(manifest))], labels, recognizer.dictionary)
+        references = [words(manifest.text(i) or "") for i in range(len(manifest))]
+        _check_references(references, tsv if own_texts else labels, recognizer.dictionary)
     loader = valid_loader(
         manifest,
         sample_rate=recognizer.model.sample_rate,

@@ -42,6 +42,9 @@ PRE_ROLL = 10.0
 MARGIN = 256
 BEYOND = 0.05  # s by which a part may end behind the recording: durations in manifests are rounded
 
+JSON = re.compile(r"\.jsonl?:\d+: ")  # a line of a manifest, in a message
+TAR_BLOCK, TAR_NAME = 512, 100  # bytes of a header of tar, and of the name in it
+
 MAKE_LIST = "regenerate the list with utils/generate_filelist.py"
 COPY_AGAIN = "copy the file again or remove it from the list"
 ENCODE_AGAIN = "encode it again, for example: ffmpeg -i IN OUT.flac"
@@ -51,13 +54,15 @@ ENCODE_AGAIN = "encode it again, for example: ffmpeg -i IN OUT.flac"
 class Clip:
     """Where audio is: a file, or some bytes of it (a member of a tar shard), and which part of the recording.
 
-    `span` is (first byte, number of bytes); `start` and `seconds` are in seconds of the recording; None: all of it.
+    `span` is (first byte, number of bytes), `member` the name that the tar has for them; `start` and `seconds` are in
+    seconds of the recording; None: all of it.
     """
 
     path: Path
     span: tuple[int, int] | None = None
     start: float | None = None
     seconds: float | None = None
+    member: str = ""
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,8 @@ def read_audio(
         if num_samples is None:
             num_samples = total
         elif abs(num_samples - total) > tolerance:
-            raise DataError(f"{place}: {_other_length(info, sample_rate, num_samples)}")
+            listed = _other_duration if JSON.search(place) else _other_length
+            raise DataError(f"{place}: {listed(info, sample_rate, num_samples)}")
         if frames < 0:
             frames = num_samples - start
         if start < 0 or frames < 1 or start + frames > num_samples:
@@ -153,7 +159,9 @@ def normalize(wave: np.ndarray) -> np.ndarray:
 
 def _place(source: Clip | Path | str | bytes, where: str) -> str:
     """Where a message points: the line of a list and the file."""
-    name = "audio" if isinstance(source, bytes) else source.path if isinstance(source, Clip) else source
+    if isinstance(source, bytes):
+        return where or "audio"
+    name = source.path if isinstance(source, Clip) else source
     span = f" (bytes {source.span[0]} + {source.span[1]})" if isinstance(source, Clip) and source.span else ""
     return f"{where}: {name}{span}" if where else f"{name}{span}"
 
@@ -209,13 +217,34 @@ def _content(source: Clip | Path | str | bytes, place: str) -> Iterator[int | io
         # Opened by number: by name, soundfile would guess a format from some extensions.
         handle = os.open(clip.path, os.O_RDONLY)
     except FileNotFoundError:
-        raise DataError(f"{place}: no such file; correct the root in line 1 or {MAKE_LIST}") from None
+        remedy = "correct the entry" if JSON.search(place) else f"correct the root in line 1 or {MAKE_LIST}"
+        raise DataError(f"{place}: no such file; {remedy}") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{place}: cannot be read ({error}); correct the file or the list") from None
     try:
-        yield io.BytesIO(_bytes_at(handle, *clip.span, place)) if clip.span else handle
+        if clip.span is None:
+            yield handle
+        else:
+            _check_member(handle, clip.span[0], clip.member, place)
+            yield io.BytesIO(_bytes_at(handle, *clip.span, place))
     finally:
         os.close(handle)
+
+
+def _check_member(handle: int, first: int, member: str, place: str) -> None:
+    """Refuse a shard that is no longer the one that its list was made for.
+
+    The header in front of a member holds its name, but for names that are long or not ASCII.
+    """
+    if not (member and member.isascii() and len(member) <= TAR_NAME):
+        return
+    header = os.pread(handle, TAR_BLOCK, first - TAR_BLOCK) if first >= TAR_BLOCK else b""
+    found = header[:TAR_NAME].rstrip(b"\0").decode("ascii", "replace").removeprefix("./")
+    if found != member.removeprefix("./"):
+        raise DataError(
+            f"{place}: is not {member}, the shard has changed since its list was made; make the list anew with "
+            "utils/make_shards.py --index"
+        )
 
 
 def _bytes_at(handle: int, first: int, number: int, place: str) -> bytes:
@@ -282,6 +311,14 @@ def _check_truncation(remarks: str, place: str) -> None:
         return
     if left < promised < STREAMED:
         raise DataError(f"{place}: truncated, {left} of {promised} {unit} are left; {COPY_AGAIN}")
+
+
+def _other_duration(info: AudioInfo, sample_rate: int, num_samples: int) -> str:
+    """Why the duration of a manifest is not that of the file."""
+    return (
+        f"has {info.num_samples(sample_rate) / sample_rate:.3f} s, but a duration of {num_samples / sample_rate:.3f} s "
+        'is given; correct it, or give an "offset" too where a part is meant'
+    )
 
 
 def _other_length(info: AudioInfo, sample_rate: int, num_samples: int) -> str:

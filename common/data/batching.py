@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -35,6 +36,15 @@ class SubBatches:
     def utterances(self, sub_batch: int) -> np.ndarray:
         """Positions of its utterances in the manifest."""
         return self.order[self.offsets[sub_batch] : self.offsets[sub_batch + 1]]
+
+    @property
+    def checksum(self) -> int:
+        """A number that is another one for another plan."""
+        arrays = (self.order, self.offsets, self.samples, self.buckets, self.datasets)
+        value = 0
+        for array in arrays:
+            value = zlib.crc32(b"" if array is None else np.ascontiguousarray(array).data, value)
+        return value
 
     @property
     def rows(self) -> np.ndarray:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,8 @@ TRIM_WINDOW, TRIM_HOP = 2048, 512
 class Sample:
     """One utterance ready for a batch: samples (S,) float32, and its labels where they are asked for.
 
-    place: its position in the dataset; converted: kinds of recordings that were resampled or mixed down for it.
+    place: its position in the dataset (in a stream 0); converted: kinds of recordings that were resampled or mixed
+    down for it.
     """
 
     id: str
@@ -120,10 +122,14 @@ class SpeechDataset:
         numbers = self.manifest.datasets
         return numbers if numbers is None or self._firsts is None else numbers[self._firsts[:-1]]
 
+    def utterances(self, place: int) -> list[Utterance]:
+        """What the sample at a place is made of."""
+        first, stop = (place, place + 1) if self._firsts is None else self._firsts[place : place + 2].tolist()
+        return [self.manifest[index] for index in range(first, stop)]
+
     def sample(self, place: int, *, longest: int, epoch_pass: int) -> Sample:
         """The sample at a place, a random piece of `longest` samples where it is longer than that."""
-        first, stop = (place, place + 1) if self._firsts is None else self._firsts[place : place + 2].tolist()
-        utterances = [self.manifest[index] for index in range(first, stop)]
+        utterances = self.utterances(place)
         converted: list[AudioInfo] = []
 
         def read(start: int, frames: int) -> np.ndarray:
@@ -135,7 +141,7 @@ class SpeechDataset:
             id=utterances[0].id,
             audio_S=wave,
             text=utterances[0].text,
-            labels=self.labels(first),
+            labels=self.labels(place) if self._firsts is None else None,
             place=place,
             converted=tuple({info.kind: None for info in converted}),
         )
@@ -190,6 +196,17 @@ class SpeechDataset:
             if len(impossible) == len(self.manifest):
                 raise DataError(f"{message}; check that labels and list are in the same order")
             log.warning("%s, which CTC cannot align and which count as loss 0; remove or correct them", message)
+
+
+def check_frames(dataset: SpeechDataset, num_frames: Callable[[Any], Any]) -> None:
+    """Refuse samples shorter than the receptive field of the model."""
+    short = np.flatnonzero(num_frames(dataset.num_samples) < 1)
+    if len(short):
+        utterance = dataset.utterances(int(short[0]))[0]
+        raise DataError(
+            f"{utterance.where}: {utterance.clip.path} has {dataset.num_samples[short[0]]} samples, too short for one "
+            f"frame ({len(short)} such utterances); remove them from the list or, for training, set --min_sample_size"
+        )
 
 
 def frames_needed(labels: list[int]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import signal
 import sys
 import time
@@ -57,25 +58,27 @@ class BatchMaker(Dataset):
         begin, cpu_begin = time.perf_counter(), time.thread_time()
         bad: list[str] = []
         try:
-            parts = [(plan, self._samples(plan, bad)) for plan in planned]
-            parts = [(plan, samples) for plan, samples in parts if samples]
-            width = max((int(self.sub_batches.samples[plan.sub_batch]) for plan, _ in parts), default=0)
+            parts = [(plan, *self._samples(plan, bad)) for plan in planned]
+            parts = [part for part in parts if part[1]]
             if not parts:
                 return FileNews(bad=tuple(bad))
-            batch = self._collate(
-                [plan for plan, _ in parts], [samples for _, samples in parts], width=width if self._fill else 0
-            )
+            plans, samples, widths = zip(*parts, strict=True)
+            batch = self._collate(plans, samples, width=max(widths) if self._fill else 0)
         except UserError as error:
             return error
         seconds, cpu_seconds = time.perf_counter() - begin, time.thread_time() - cpu_begin
         return replace(batch, news=FileNews(batch.news.converted, tuple(bad), seconds, cpu_seconds))
 
-    def _samples(self, plan: PlannedSubBatch, bad: list[str]) -> list[Sample]:
-        """The samples of a sub-batch; where none can be used, in training those of the next one: an update needs it."""
+    def _samples(self, plan: PlannedSubBatch, bad: list[str]) -> tuple[list[Sample], int]:
+        """The samples of a sub-batch, and its planned length.
+
+        Where none can be used, in training those of the next one: an update needs its sub-batches.
+        """
         for later in range(min(MOST_REPLACED, len(self.sub_batches))):
-            samples = self._usable(plan.epoch_pass, (plan.sub_batch + later) % len(self.sub_batches), bad)
+            number = (plan.sub_batch + later) % len(self.sub_batches)
+            samples = self._usable(plan.epoch_pass, number, bad)
             if samples or plan.epoch_pass == VALIDATION:
-                return samples
+                return samples, int(self.sub_batches.samples[number])
         raise DataError(f"{bad[-1]}; and so it is with all files of many sub-batches; see utils/check_data.py")
 
     def _usable(self, epoch_pass: int, sub_batch: int, bad: list[str]) -> list[Sample]:
@@ -132,13 +135,15 @@ class UpdateLoader(ABC):
         if self.at_epoch_end:
             self._end_epoch()
             self.epoch, self.position = self.epoch + 1, 0
+        starts = self._updates is None
         if self._updates is None:
             updates = self._read()
             self._updates = copied_ahead(updates, device) if device.type == "cuda" else updates
         batches = next(self._updates)
         for batch in batches:
             self._take(batch)
-        self._work.add(batches, waited=time.perf_counter() - start)
+        # the start of the workers is no sign of what is to come
+        self._work.add(batches, waited=0.0 if starts else time.perf_counter() - start)
         self.position += 1
         return batches
 
@@ -170,6 +175,7 @@ class UpdateLoader(ABC):
 
     def _end_epoch(self) -> None:
         self._conversions.tell()
+        self._bad_files.begin_pass()
 
 
 class TrainLoader(UpdateLoader):
@@ -213,7 +219,9 @@ class TrainLoader(UpdateLoader):
         self.epoch, self.position = state["epoch"], state["position"]
         now, was = self._fingerprint(), {key: state[key] for key in state if key not in POSITION}
         changed = [key for key in {**now, **was} if now.get(key) != was.get(key)]
-        if changed and self.position:
+        if changed and self.position >= state.get("updates_per_epoch", math.inf):
+            self.position = self.updates_per_epoch  # that epoch is done
+        elif changed and self.position:
             log.warning(
                 "the data or its batches are not those of the checkpoint (now %s): epoch %d starts again",
                 ", ".join(f"{key} {now.get(key)}, was {was.get(key)}" for key in changed),
@@ -233,6 +241,7 @@ class TrainLoader(UpdateLoader):
             "sub_batches": len(plan),
             "sub_batches_per_update": self._sampler.sub_batches_per_update,
             "seed": self._sampler.seed,
+            "plan": plan.checksum,
             **self._sampler.arrangement,
         }
 
@@ -267,6 +276,7 @@ class ValidLoader:
         keys = [[plan] for plan in self._planned]
         if not keys:
             return
+        self._bad_files.begin_pass()
         workers = min(self._num_workers, len(keys))
         for batch in read_batches(self._maker, keys, workers, self._pin_memory, self._bad_files):
             self._bad_files.add(batch.news.bad)
@@ -320,13 +330,26 @@ def read_batches(
         generator=torch.Generator(),  # a private one: starting to iterate must not draw from the global one
         **_worker_options(num_workers),
     )
-    for batch in loader:
+    for batch in _living(loader):
         if isinstance(batch, UserError):
             raise batch
         if isinstance(batch, FileNews):
             bad_files.add(batch.bad)
         else:
             yield batch
+
+
+def _living(loader: DataLoader) -> Iterator[Any]:
+    """What the workers give. DataError where one was killed, which torch tells as a RuntimeError."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise DataError(
+            f"--num_workers {loader.num_workers}: a process that reads audio was killed, most often because memory or "
+            "/dev/shm was full; use fewer, or smaller batches"
+        ) from None
 
 
 def _worker_options(num_workers: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from common.data import manifest_files
 from common.data.audio import Clip
-from common.data.manifest_files import MAKE_LIST, SHARD_PATH, Columns
+from common.data.manifest_files import SHARD_PATH, Columns
 from common.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,13 @@ class Manifest:
             start, seconds = float(columns.starts[row]), num_samples / columns.sample_rate
         return Utterance(
             id=os.path.splitext(key)[0] + (f"-sub{copy}" if copy else ""),  # noqa: PTH122 - pathlib fails on ".."
-            clip=Clip(columns.root / file, (int(shard[2]), int(shard[3])) if shard else None, start, seconds),
+            clip=Clip(
+                columns.root / file,
+                (int(shard[2]), int(shard[3])) if shard else None,
+                start,
+                seconds,
+                shard[4] if shard else "",
+            ),
             num_samples=num_samples,
             text=columns.text(row),
             where=columns.where(row),
@@ -208,7 +214,8 @@ def find_list(folder: Path, subset: str, manifest_format: str = "auto") -> Path:
         others = " or ".join(path.name for path in candidates[1:])
         raise DataError(
             f"{candidates[0]}: no such file{f', nor {others}' if others else ''} "
-            f"(--manifest_format {manifest_format}); check the folder and the name, or {MAKE_LIST}"
+            f"(--manifest_format {manifest_format}); check the folder and the name, or make it with "
+            "utils/generate_filelist.py (a list) or utils/convert_manifest.py (a manifest of a list)"
         )
     for other in found[1:]:
         log.warning("%s is read, and %s beside it is not; remove the one that is out of date", found[0], other.name)

@@ -13,17 +13,18 @@ import numpy as np
 
 from common.data.batching import Bucketing, SubBatches, plan_sub_batches
 from common.data.collate import Collator
-from common.data.dataset import SpeechDataset, Waveforms
+from common.data.dataset import SpeechDataset, Waveforms, check_frames
 from common.data.loader import BatchMaker, TrainLoader, ValidLoader
 from common.data.manifest import Manifest
 from common.data.masking import SpanMasking
 from common.data.sampler import UpdateSampler, plan_validation, temperature_weights
 from common.data.segment import RandomSegment
-from common.data.selection import LengthLimits, check_crop, check_frames, join_neighbours, select
+from common.data.selection import LengthLimits, check_crop, join_neighbours, select
 from common.data.watch import BadFiles
 from common.rng import numpy_rng
 
 log = logging.getLogger(__name__)
+MOST_OF_VALIDATION = 0.5  # that may be bad
 
 
 def train_loader(
@@ -69,9 +70,9 @@ def train_loader(
     """
     kept = select(manifest, limits or LengthLimits(), sample_rate)
     firsts = join_neighbours(kept, round(join_short * sample_rate)) if join_short else None
-    check_frames(kept, num_frames)
     waveforms = Waveforms(sample_rate, normalize, trim_silence, segment)
     dataset = SpeechDataset(kept, waveforms, seed=seed, encode=encode, firsts=firsts)
+    check_frames(dataset, num_frames)
     if max_sample_size is not None:
         check_crop(dataset.planned, max_sample_size, num_frames, labels=encode is not None)
     dataset.check_labels(num_frames(kept.num_samples))
@@ -112,7 +113,7 @@ def train_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         sample_rate=sample_rate,
-        bad_files=BadFiles(bad_files, utterances=len(kept), max_share=max_bad_share),
+        bad_files=BadFiles(bad_files, utterances=len(kept) / world, max_share=max_bad_share),
     )
 
 
@@ -132,11 +133,14 @@ def valid_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
     skip_bad: bool = False,
-    max_bad_share: float = 0.0,
+    bad_files: Path | None = None,
 ) -> ValidLoader:
-    """Validation batches of a manifest, padded; an utterance above max_tokens is a batch of its own."""
-    check_frames(manifest, num_frames)
+    """Validation batches of a manifest, padded; an utterance above max_tokens is a batch of its own.
+
+    With `skip_bad` a validation goes on without its bad files, as long as they are not the most.
+    """
     dataset = SpeechDataset(manifest, Waveforms(sample_rate, normalize), seed=seed, encode=encode)
+    check_frames(dataset, num_frames)
     dataset.check_labels(num_frames(manifest.num_samples))
     plan = plan_sub_batches(
         manifest.num_samples,
@@ -154,7 +158,7 @@ def valid_loader(
         plan_validation(len(plan), rank=rank, world=world),
         num_workers=num_workers,
         pin_memory=pin_memory,
-        bad_files=BadFiles(None, utterances=len(manifest), max_share=max_bad_share),
+        bad_files=BadFiles(bad_files, utterances=len(manifest) / world, max_share=MOST_OF_VALIDATION),
     )
 
 

@@ -111,7 +111,7 @@ class UpdateSampler:
         return self._left_over / (self._passes * self._per_pass)
 
     def update(self, epoch: int, position: int) -> list[PlannedSubBatch]:
-        """The sub-batches of an update, longest first, ties in the order of the plan.
+        """The sub-batches of an update, longest first, ties in random order.
 
         fully_randomized: rank r has those at r, r + world, r + 2 world and so on, its longest first.
         """

@@ -75,17 +75,6 @@ def join_neighbours(manifest: Manifest, longest: int) -> np.ndarray:
     return np.array([*firsts, len(manifest)])
 
 
-def check_frames(manifest: Manifest, num_frames: Callable[[Any], Any]) -> None:
-    """Refuse utterances shorter than the receptive field of the model."""
-    short = np.flatnonzero(num_frames(manifest.num_samples) < 1)
-    if len(short):
-        utterance = manifest[int(short[0])]
-        raise DataError(
-            f"{utterance.where}: {utterance.clip.path} has {utterance.num_samples} samples, too short for one frame "
-            f"({len(short)} such utterances); remove them from the list or, for training, set --min_sample_size"
-        )
-
-
 def check_crop(
     num_samples: np.ndarray, max_sample_size: int, num_frames: Callable[[Any], Any], *, labels: bool
 ) -> None:

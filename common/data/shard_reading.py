@@ -26,7 +26,7 @@ from common.data.audio import AudioInfo, read_audio, read_info
 from common.data.dataset import Sample, Waveforms
 from common.data.manifest import Manifest
 from common.data.manifest_files import spell
-from common.data.selection import LengthLimits, check_crop
+from common.data.selection import LengthLimits
 from common.data.shards import COMPRESSED, REPACK, is_audio, shards_of_rank, split_name, text_of
 from common.errors import ConfigError, DataError, one_line
 from common.rng import numpy_rng
@@ -107,7 +107,9 @@ def read_shard(address: str) -> Iterator[tuple[str, dict[str, bytes]]]:
             failures += 1
             if failures > RETRIES or _is_final(error):
                 tries = f" ({failures} times at the same place)" if failures > 1 else ""
-                raise DataError(f"{address}: {_cause(error)}{tries}; check the address, or {REPACK}") from None
+                raise DataError(
+                    f"{address}: {_cause(error)}{tries}; check the address or command, or {REPACK}"
+                ) from None
             wait = WAIT * 2 ** (failures - 1)
             log.warning("%s: %s; it is opened again in %g s", address, _cause(error), wait)
             time.sleep(wait)
@@ -153,7 +155,8 @@ def _is_final(error: Exception) -> bool:
     """Whether trying again is in vain."""
     if isinstance(error, urllib.error.HTTPError):
         return error.code < 500 and error.code not in (408, 429)  # time-out, too many requests
-    return isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError))
+    not_run = re.search(r"exit 12[67] \(read\)", str(error))  # a shell's status for a command that there is not
+    return isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)) or bool(not_run)
 
 
 def _cause(error: Exception) -> str:
@@ -275,8 +278,14 @@ class ClipReader:
         encode: Callable[[str, str], list[int]] | None,
         manifest: Manifest | None,
         skip_bad: bool,
+        max_tokens: int | None = None,
+        short: str = "keep",
     ) -> None:
-        """`manifest`: its utterances are trained on, and no others; it may cut recordings, and give texts."""
+        """`manifest`: its utterances are trained on, and no others; it may cut recordings, and give texts.
+
+        `max_tokens`: of a sub-batch, which a clip must fit; `short`: see --stream_short.
+        """
+        self._max_tokens, self._short = max_tokens, short
         self._waveforms, self._limits, self._num_frames = waveforms, limits, num_frames
         self._max_sample_size, self._seed, self._encode = max_sample_size, seed, encode
         self._manifest, self._entries = manifest, None if manifest is None else _entries(manifest)
@@ -317,21 +326,31 @@ class ClipReader:
             if not self._is_long_enough(number):
                 tally.left_out += 1
                 continue
-            planned = self._planned(number)
+            planned = self._planned(number, where)
             yield StreamedClip(own_name, audio, start, number, planned, text, where, text_where)
 
     def _is_long_enough(self, number: int) -> bool:
         """Whether so many samples are within all limits and give a frame."""
         kept = self._limits.kept(np.array([number]), self._waveforms.sample_rate).values()
-        return number > 0 and self._num_frames(number) > 0 and all(one.all() for one in kept)
+        too_short = self._short == "skip" and number < (self._max_sample_size or 0)
+        return not too_short and number > 0 and self._num_frames(number) > 0 and all(one.all() for one in kept)
 
-    def _planned(self, number: int) -> int:
-        """The most samples that a clip of so many gives in training."""
-        planned = self._waveforms.planned(np.array([number]))
-        if self._max_sample_size is None:
-            return int(planned[0])
-        check_crop(planned, self._max_sample_size, self._num_frames, labels=self._encode is not None)
-        return min(int(planned[0]), self._max_sample_size)
+    def _planned(self, number: int, where: str) -> int:
+        """The most samples that a clip of so many gives in training. DataError where it cannot be trained on."""
+        planned = int(self._waveforms.planned(np.array([number]))[0])
+        if self._max_sample_size is not None:
+            if self._encode is not None and planned > self._max_sample_size:
+                raise DataError(
+                    f"{where}: {planned} samples, and --max_sample_size {self._max_sample_size} would cut audio but "
+                    "not its labels; leave out long clips with --max_duration"
+                )
+            planned = self._max_sample_size if self._short == "pad" else min(planned, self._max_sample_size)
+        if self._max_tokens is not None and planned > self._max_tokens:
+            raise DataError(
+                f"{where}: {planned} samples, more than --max_tokens {self._max_tokens}; give a larger one, or leave "
+                "out long clips with --max_duration"
+            )
+        return planned
 
     def sample(self, clip: StreamedClip, *, longest: int, epoch_pass: int) -> Sample:
         """The samples of a clip, at most `longest`, and its labels."""
@@ -353,6 +372,8 @@ class ClipReader:
                 raise DataError(f'{clip.where}: no text (a .txt, or "text" in a .json), but labels are needed; add it')
             labels = self._encode(clip.text, clip.text_where)
         wave = self._waveforms.make(read, clip.num_samples, longest, (self._seed, epoch_pass, clip.where, clip.id))
+        if self._short == "pad":
+            wave = np.pad(wave, (0, longest - len(wave)))
         kinds = tuple({info.kind: None for info in converted})
         return Sample(id=clip.id, audio_S=wave, text=clip.text, labels=labels, converted=kinds)
 

@@ -41,8 +41,8 @@ from common.rng import key, numpy_rng
 log = logging.getLogger(__name__)
 
 POOL = 32  # sub-batches that a worker plans together: the more, the closer the lengths within each
-POOL_OF_JOINED = 4  # micro-batches that are planned together at least
 FEW = 1000  # clips after which a share of bad ones says something
+POOL_OF_JOINED = 4  # micro-batches that are planned together at least
 
 
 # ---- Clips -> batches ------------------------------------------------------------------------------------------------
@@ -309,6 +309,7 @@ def stream_loader(
     strategy: str,
     shuffle_n: int,
     epoch_size: int,
+    short: str = "keep",
     sample_rate: int,
     normalize: bool,
     num_frames: Callable[[Any], Any],
@@ -338,8 +339,9 @@ def stream_loader(
 ) -> StreamLoader:
     """Training batches of a stream of shards; arguments not named here are those of prepare.train_loader.
 
-    `strategy`: "scatter" or "replicate"; `shuffle_n`: clips of the shuffle buffer; `epoch_size`: updates; `manifest`:
-    its utterances are trained on, others are left out. ConfigError for what cannot work, also without the library.
+    `strategy`: "scatter" or "replicate"; `shuffle_n`: clips of the shuffle buffer; `epoch_size`: updates; `short`:
+    what clips below max_sample_size do, "keep", "skip" or "pad"; `manifest`: its utterances are trained on, others are
+    left out. ConfigError for what cannot work, also without the library.
     """
     if epoch_size < 1:
         raise ConfigError("--epoch_size: is needed with --streaming; give the number of updates that make an epoch")
@@ -358,6 +360,8 @@ def stream_loader(
         encode=encode,
         manifest=manifest,
         skip_bad=skip_bad,
+        max_tokens=max_tokens,
+        short=short,
     )
     budget = Budget(max_tokens, max_sentences, required_batch_size_multiple, crop, concat)
     stream = BatchStream(
@@ -374,7 +378,18 @@ def stream_loader(
         update_freq=update_freq,
     )
     log.info("a stream of %d shards (%s), %d updates per epoch", len(shards), strategy, epoch_size)
-    settings = (*shards, strategy, shuffle_n, budget, limits, segment, trim_silence, max_sample_size, sample_rate)
+    settings = (
+        *shards,
+        strategy,
+        shuffle_n,
+        budget,
+        limits,
+        short,
+        segment,
+        trim_silence,
+        max_sample_size,
+        sample_rate,
+    )
     plan = {"seed": seed, "processes": world, "num_workers": num_workers, "update_freq": update_freq}
     return StreamLoader(
         stream,
@@ -382,7 +397,7 @@ def stream_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         sample_rate=sample_rate,
-        bad_files=BadFiles(bad_files, utterances=1, max_share=math.inf),  # how many there are is not known
+        bad_files=BadFiles(bad_files, utterances=math.inf, max_share=1.0),  # how many there are is not known
         max_bad_share=max_bad_share,
         plan=plan | {"shards": len(shards), "settings": key(*map(str, settings), len(manifest or ()))},
     )

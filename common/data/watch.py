@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import distributed
 from common.data.collate import Batch
 from common.errors import DataError
 
@@ -19,31 +20,41 @@ MOSTLY = 0.5
 
 
 class BadFiles:
-    """The files that were left out: counted, listed in `path`, and too many end the run."""
+    """The files that were left out: counted, listed in `path`, and too many in one pass end the run."""
 
-    def __init__(self, path: Path | None, *, utterances: int, max_share: float) -> None:
-        """`path`: where they are listed, one message a line (None: nowhere); `utterances`: of the whole list."""
+    def __init__(self, path: Path | None, *, utterances: float, max_share: float) -> None:
+        """`path`: where they are listed, one message a line (None: nowhere); `utterances` of this rank in a pass.
+
+        What `path` lists already, from before the run was resumed, is not listed again.
+        """
         self._path, self._utterances, self._max_share = path, utterances, max_share
-        self._found: set[str] = set()
+        self._of_pass: set[str] = set()
+        self._listed = set(path.read_text(encoding="utf-8").splitlines()) if path and path.exists() else set()
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._of_pass)
+
+    def begin_pass(self) -> None:
+        """Count anew: the files come again."""
+        self._of_pass.clear()
 
     def add(self, messages: Iterable[str]) -> None:
-        """Take note of files. DataError where more than max_share of the utterances are bad."""
-        new = [message for message in dict.fromkeys(messages) if message not in self._found]
+        """Take note of files. DataError where too many of a pass are bad."""
+        new = [message for message in dict.fromkeys(messages) if message not in self._of_pass]
         if not new:
             return
-        for message in new:
+        self._of_pass.update(new)
+        unlisted = [message for message in new if message not in self._listed]
+        self._listed.update(unlisted)
+        for message in unlisted:
             log.warning("left out: %s", message)
-        self._found.update(new)
-        if self._path is not None:
-            with self._path.open("a" if len(self._found) > len(new) else "w", encoding="utf-8") as file:
-                file.writelines(f"{message}\n" for message in new)
-        if len(self._found) > self._max_share * self._utterances:
+        if self._path is not None and unlisted:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(f"{message}\n" for message in unlisted)
+        if len(self._of_pass) > self._max_share * self._utterances:
             raise DataError(
-                f"{new[-1]}; {len(self._found)} of {self._utterances} files cannot be used, which is more than "
-                f"--max_bad_share {self._max_share:g}; check the data with utils/check_data.py"
+                f"{new[-1]}; {len(self._of_pass)} of {round(self._utterances)} files cannot be used, more than "
+                f"--max_bad_share {self._max_share:g} allows; check the data with utils/check_data.py, or raise it"
             )
 
 
@@ -63,10 +74,10 @@ class Conversions:
             self._counts[kind] += 1
 
     def tell(self) -> None:
-        """Log how many there were, the first time that this is called."""
+        """Log how many there were on all ranks, the first time that this is called, which all ranks do together."""
         if not self._told:
-            for kind, number in self._counts.most_common():
-                log.info("%s files %s -> %s", f"{number:,}", kind, self._target)
+            for kind, number in sum(distributed.gather_objects(self._counts), Counter()).most_common():
+                log.info("converted in the first epoch: %s files %s -> %s", f"{number:,}", kind, self._target)
         self._told = True
 
 

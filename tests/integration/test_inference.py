@@ -27,6 +27,7 @@ from common.data.dataset import Sample
 from common.data.sampler import PlannedSubBatch
 from common.entry import run_program
 from common.labels import SPECIAL_SYMBOLS, Dictionary
+from utils import convert_manifest
 from wav2vec2 import decoding
 from wav2vec2.arg_parser import parse_inference
 from wav2vec2.config import Config, DropoutConfig, ModelConfig
@@ -556,3 +557,18 @@ def test_the_program_itself_ends_with_one_line_and_no_traceback(folder):
     traced = subprocess.run([*command, "--debug"], capture_output=True, text=True, timeout=120, check=False)
     assert traced.returncode == 1
     assert "Traceback" in traced.stderr
+
+
+def test_a_manifest_is_scored_like_its_list(folder, tmp_path, capsys):
+    score(folder, "--save_predictions", tmp_path / "list.txt")
+    scored = capsys.readouterr().out
+    convert_manifest.main([str(folder / "valid.tsv"), str(tmp_path / "valid.json")])
+    capsys.readouterr()
+    infer(
+        folder / "model.pt", "--data", tmp_path, "--valid_subset", "valid", "--save_predictions", tmp_path / "json.txt"
+    )
+    rates = [re.findall(r"(?:WER|CER): [\d.]+", text) for text in (scored, capsys.readouterr().out)]
+    assert rates[0] == rates[1]
+    assert len(rates[0]) >= 1
+    texts = [[line[1:] for line in read_predictions(tmp_path / name)] for name in ("list.txt", "json.txt")]
+    assert texts[0] == texts[1]

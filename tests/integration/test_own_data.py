@@ -103,7 +103,7 @@ def test_bad_files_do_not_end_a_run_that_may_leave_them_out(data, tmp_path):
     output = tmp_path / "skip"
     pretrain(spoilt, output, "--on_bad_file", "skip", "--max_bad_share", "0.2", updates=8)
     assert len((output / "bad_files.txt").read_text().splitlines()) == 2
-    with pytest.raises(DataError, match="more than --max_bad_share 0.1"):
+    with pytest.raises(DataError, match="2 of 14 files cannot be used, more than --max_bad_share 0.1 allows"):
         pretrain(spoilt, tmp_path / "share", "--on_bad_file", "skip", "--max_bad_share", "0.1", updates=8)
 
 
@@ -231,6 +231,22 @@ def test_a_stream_trains_and_goes_on_bit_for_bit(shards, pretrained, tmp_path, w
     resumed = finetune(shards, output, pretrained, *more, "--resume", updates=5)
     assert torch.equal(weights(whole), weights(resumed))
     assert whole["loader"] == resumed["loader"]
+
+
+def test_a_list_of_another_shard_or_of_none_is_refused(data, shards, tmp_path):
+    first, second = (str(shards / f"train-00000{number}") for number in range(2))
+    for manifests, message in (
+        (f"{second}.tsv", r"train-000001.tar is no clip of the shard .*train-000000.tar"),
+        (str(data / "train.tsv"), r"0.wav is no clip of the shard"),
+    ):
+        with pytest.raises(DataError, match=message):
+            more = ("--is_tarred", "--tarred_filepaths", f"{first}.tar", "--shard_manifests", manifests)
+            pretrain(shards, tmp_path / "out", *more)
+    with pytest.raises(ConfigError, match="2 lists for 1 shards"):
+        more = ("--is_tarred", "--tarred_filepaths", f"{first}.tar", "--shard_manifests", f"{first}.tsv,{second}.tsv")
+        pretrain(shards, tmp_path / "out", *more)
+    with pytest.raises(DataError, match="--tarred_filepaths: .*nowhere.tar: no such file"):
+        pretrain(shards, tmp_path / "out", "--is_tarred", "--tarred_filepaths", str(shards / "nowhere.tar"))
 
 
 def test_shards_of_others_are_trained_on_with_an_index_and_without(data, tmp_path):

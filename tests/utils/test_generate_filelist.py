@@ -356,3 +356,18 @@ def test_a_folder_that_may_not_be_read_is_an_error(tree):
     with pytest.raises(PermissionError):
         filelists.find_audio(tree, ["wav"])
     (tree / "b").chmod(0o755)
+
+
+@pytest.mark.parametrize("flag", [False, True])
+def test_what_is_no_file_list_is_not_overwritten(tree, tmp_path, flag):
+    """A table of Common Voice lies where a list would go; audio is no place for one either."""
+    table = tmp_path / "train.tsv"
+    table.write_text("client_id\tpath\tsentence\nx\ta.mp3\thello\n")
+    out = [str(tmp_path / "lists.tsv"), "--valid_percent", "0.5", "--valid_out", str(table)] if flag else [str(table)]
+    with pytest.raises(ConfigError, match=r"train.tsv: is there and is no file list"):
+        generate_filelist.main([str(tree), *out])
+    assert table.read_text().startswith("client_id")
+    with pytest.raises(ConfigError, match=r"x.flac: the name of a file list ends in .tsv"):
+        generate_filelist.main([str(tree), str(tmp_path / "x.flac")])
+    generate_filelist.main([str(tree), str(tmp_path / "own.tsv")])
+    generate_filelist.main([str(tree), str(tmp_path / "own.tsv")])  # a list may be made anew

@@ -248,4 +248,21 @@ def test_clips_are_named_with_their_bytes(corpus, tmp_path):
     make(corpus, tmp_path, "--num_shards", 4)
     utterance = read_manifest(tmp_path / "train.tsv")[5]
     assert utterance.id == "speaker.1/take_5"
-    assert utterance.clip == Clip(tmp_path / "train-000000.tar", utterance.clip.span)
+    assert utterance.clip == Clip(tmp_path / "train-000000.tar", utterance.clip.span, member="speaker.1/take_5.ogg")
+
+
+def test_clips_of_others_that_cannot_be_read_are_all_named_or_left_out(corpus, tmp_path, capsys):
+    good = io.BytesIO()
+    soundfile.write(good, np.zeros(1600), 16000, format="WAV")
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name, content in (("a.wav", b"no audio"), ("b.wav", good.getvalue()), ("c.flac", b"")):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    index = ["--index", str(tmp_path / "s.tar"), "--output", str(tmp_path / "l.tsv")]
+    with pytest.raises(DataError, match=r"2 clips cannot be listed; .*--skip_bad\n.*a.wav.*\n.*c.flac"):
+        make_shards.main(index)
+    assert not (tmp_path / "l.tsv").exists()
+    make_shards.main([*index, "--skip_bad"])
+    assert [utterance.id for utterance in map(read_manifest(tmp_path / "l.tsv").__getitem__, range(1))] == ["b"]
+    assert len(read_manifest(tmp_path / "l.tsv")) == 1

@@ -7,10 +7,11 @@ import pytest
 import soundfile
 
 from common.data.audio import normalize
-from common.data.dataset import SpeechDataset, Waveforms, frames_needed, trim_silence
+from common.data.dataset import SpeechDataset, Waveforms, check_frames, frames_needed, trim_silence
 from common.data.manifest import read_manifest
 from common.data.segment import RandomSegment
 from common.data.selection import join_neighbours
+from common.errors import DataError
 
 RATE = 16000
 
@@ -128,6 +129,20 @@ def test_kinds_that_were_converted_come_with_the_sample(tmp_path):
     dataset = SpeechDataset(read_manifest(tmp_path / "l.tsv"), Waveforms(RATE, False), seed=1)
     kinds = [dataset.sample(place, longest=16000, epoch_pass=1).converted for place in range(3)]
     assert kinds == [("8 kHz mono",), ("16 kHz stereo",), ()]
+
+
+def test_samples_without_a_frame_are_refused_unless_they_are_joined(tmp_path):
+    (tmp_path / "l.tsv").write_text(f"{tmp_path}\na.wav\t400\nb.wav\t399\nc.wav\t1\n")
+    manifest = read_manifest(tmp_path / "l.tsv")
+    form = Waveforms(RATE, False)
+
+    def num_frames(samples):
+        return (samples - 400) // 320 + 1
+
+    with pytest.raises(DataError, match=r"l.tsv:3: .*b.wav has 399 samples, too short for one frame \(2 such"):
+        check_frames(SpeechDataset(manifest, form, seed=1), num_frames)
+    check_frames(SpeechDataset(manifest, form, seed=1, firsts=join_neighbours(manifest, 800)), num_frames)
+    check_frames(SpeechDataset(manifest, form, seed=1, firsts=np.array([0, 1, 3])), num_frames)
 
 
 @pytest.mark.parametrize(("labels", "frames"), [([], 0), ([5], 1), ([5, 6], 2), ([5, 5], 3), ([5, 5, 5, 6], 6)])

@@ -284,8 +284,8 @@ def test_paths_into_shards_are_pieces_of_tar_files(tmp_path):
     found = everything(read_manifest(write(tmp_path, lines)))
     assert [utterance.id for utterance in found] == ["84/12/a.b", "k", "x", "y.tgz:1:2:z"]
     assert [utterance.clip for utterance in found] == [
-        Clip(tmp_path / "train/s-000.tar", (512, 8192)),
-        Clip(tmp_path / "s:1.tar", (0, 7)),
+        Clip(tmp_path / "train/s-000.tar", (512, 8192), member="84/12/a.b.flac"),
+        Clip(tmp_path / "s:1.tar", (0, 7), member="k"),
         Clip(tmp_path / "x.tar:5:flac"),
         Clip(tmp_path / "y.tgz:1:2:z.flac"),
     ]

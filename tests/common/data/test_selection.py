@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from common.data.manifest import read_manifest
-from common.data.selection import LengthLimits, check_crop, check_frames, join_neighbours, select
+from common.data.selection import LengthLimits, check_crop, join_neighbours, select
 from common.errors import ConfigError, DataError
 
 RATE = 16000
@@ -84,12 +84,6 @@ def test_joined_neighbours_are_all_utterances_and_no_more_could_join(make):
         assert total <= 60
         if end < 200 and speakers[end] == speakers[begin]:
             assert total + utterances[end][1] > 60
-
-
-def test_utterances_without_a_frame_are_refused(make):
-    check_frames(make(("a.flac", 400)), num_frames)
-    with pytest.raises(DataError, match=r"train.tsv:3: .*b.flac has 399 samples, too short for one frame \(2 such"):
-        check_frames(make(("a.flac", 400), ("b.flac", 399), ("c.flac", 1)), num_frames)
 
 
 def test_a_crop_that_gives_no_frame_or_cuts_labels_is_refused():

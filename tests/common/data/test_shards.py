@@ -7,8 +7,12 @@ import json
 import os
 import tarfile
 
+import numpy as np
 import pytest
+import soundfile
 
+from common.data.audio import read_audio
+from common.data.manifest import read_manifest
 from common.data.shards import ShardClip, expand_pattern, index_shard, shards_of_rank, split_name
 from common.errors import ConfigError, DataError
 
@@ -161,3 +165,24 @@ def test_links_and_sparse_members_are_refused(tmp_path):
         tar.addfile(info)
     with pytest.raises(DataError, match="stored as a sparse file"):
         index_shard(tmp_path / "sparse.tar")
+
+
+def test_a_shard_that_changed_behind_its_list_is_noticed(tmp_path):
+    """Two members of one length that change places: the bytes are audio, but of another clip."""
+
+    def write(names):
+        contents = {}
+        for name in names:
+            content = io.BytesIO()
+            soundfile.write(content, np.full(1000, 0.1 if name == "a" else 0.2), 16000, format="WAV")
+            contents[f"{name}.wav"] = content.getvalue()
+        return write_tar(tmp_path / "s.tar", contents.items())
+
+    lines = [".", *(f"{clip.path('s.tar')}\t1000" for clip in index_shard(write("ab")))]
+    (tmp_path / "l.tsv").write_text("\n".join(lines) + "\n")
+    clips = [read_manifest(tmp_path / "l.tsv")[place].clip for place in range(2)]
+    assert [round(float(read_audio(clip, sample_rate=16000)[0]), 2) for clip in clips] == [0.1, 0.2]
+    write("ba")
+    for clip, name in zip(clips, "ab", strict=True):
+        with pytest.raises(DataError, match=f"is not {name}.wav, the shard has changed since its list was made"):
+            read_audio(clip, sample_rate=16000)

@@ -197,7 +197,7 @@ def test_a_stream_that_is_cut_off_anywhere_is_an_error_and_never_the_end(corpus,
     for cut in [0, 1, 511, *starts[1:4], *(start + 512 for start in starts[2:5]), starts[3] + 700, starts[-1], end]:
         address, _ = serve(body, [cut], promise=promise)
         found = []
-        with pytest.raises(DataError, match=r"s.tar: .*; check the address, or copy it again") as caught:
+        with pytest.raises(DataError, match=r"s.tar: .*; check the address or command, or copy it again") as caught:
             found.extend(read_shard(address))
         assert str(caught.value).startswith(address)
         for clip in read_shard(str(corpus / "s_0.tar")):
@@ -375,7 +375,7 @@ def test_what_cannot_be_labelled_is_refused(corpus, tmp_path):
     loader = opened([str(bare)], encode=encode, crop=False, max_sample_size=None)
     with pytest.raises(DataError, match=r"bare.tar: a.wav: no text .*but labels are needed"):
         loader.next_update()
-    with pytest.raises(ConfigError, match="--max_sample_size 5000: would cut audio but not its labels"):
+    with pytest.raises(DataError, match="--max_sample_size 5000 would cut audio but not its labels"):
         opened(names(corpus), encode=encode, crop=False).next_update()
 
 
@@ -573,3 +573,35 @@ def test_what_the_library_writes_is_streamed(tmp_path):
     assert sorted(clip.id for clip in found) == sorted(f"a/{n}" for n in range(12))
     assert {clip.text for clip in found} == {"A | B |"}
     assert {len(clip.audio) for clip in found} == {len(audio_of(wave(n, length_of(n)))) for n in range(12)}
+
+
+@pytest.mark.parametrize(("short", "widths"), [("keep", None), ("skip", {3000}), ("pad", {3000})])
+def test_what_short_clips_do_is_chosen(corpus, short, widths):
+    """With skip and pad all rows have one length, and pad keeps every clip."""
+    loader = opened(names(corpus), max_sample_size=3000, short=short, crop=False, epoch_size=40)
+    batches, seen = [], set()
+    while (batch := loader.next_update()[0]).epoch_pass == 1:
+        batches.append(batch)
+        seen.update(batch.ids)
+    long_enough = {str(n) for n in range(CLIPS) if length_of(n) >= 3000}
+    assert seen == (long_enough if short == "skip" else {str(n) for n in range(CLIPS)})
+    lengths = {length for batch in batches for length in batch.lengths_B.tolist()}
+    if widths is None:
+        assert min(lengths) == min(length_of(n) for n in range(CLIPS))
+    else:
+        assert lengths == widths
+    if short == "pad":
+        for batch in batches:
+            for name, row in zip(batch.ids, batch.audio_BS, strict=True):
+                assert not row[length_of(int(name)) :].any()
+
+
+def test_a_clip_above_the_budget_is_a_bad_clip(corpus, tmp_path):
+    """A stream has no list to shorten: such a clip is named, and left out where that is allowed."""
+    shard = write_shard(tmp_path / "s.tar", [(f"{n}.wav", audio_of(wave(n, 1000 if n else 20_000))) for n in range(6)])
+    settings = {"max_sample_size": None, "crop": False, "shuffle_n": 0}
+    with pytest.raises(DataError, match=r"s.tar: 0.wav: 20000 samples, more than --max_tokens 16000; .*--max_duration"):
+        opened([str(shard)], **settings).next_update()
+    loader = opened([str(shard)], **settings, skip_bad=True, max_bad_share=0.1, bad_files=tmp_path / "bad.txt")
+    assert set(loader.next_update()[0].ids) == {"1", "2", "3", "4", "5"}
+    assert "--max_tokens" in (tmp_path / "bad.txt").read_text()

@@ -14,18 +14,27 @@ from common.errors import DataError
 
 def test_bad_files_are_counted_once_and_listed(tmp_path, caplog):
     path = tmp_path / "bad_files.txt"
-    path.write_text("of an earlier run\n")
+    path.write_text("train.tsv:9: b\n")  # from before the run was resumed
     bad = BadFiles(path, utterances=100, max_share=0.5)
     bad.add([])
     bad.add(["train.tsv:3: a", "train.tsv:9: b", "train.tsv:3: a"])
     bad.add(["train.tsv:9: b", "train.tsv:4: c"])
     assert len(bad) == 3
-    assert path.read_text().splitlines() == ["train.tsv:3: a", "train.tsv:9: b", "train.tsv:4: c"]
+    assert path.read_text().splitlines() == ["train.tsv:9: b", "train.tsv:3: a", "train.tsv:4: c"]
     assert [record.getMessage() for record in caplog.records] == [
         "left out: train.tsv:3: a",
-        "left out: train.tsv:9: b",
         "left out: train.tsv:4: c",
     ]
+
+
+def test_every_pass_is_counted_by_itself(tmp_path):
+    bad = BadFiles(tmp_path / "bad.txt", utterances=10, max_share=0.2)
+    for _ in range(3):
+        bad.add(["train.tsv:3: a", "train.tsv:4: b"])
+        bad.begin_pass()
+    bad.add(["train.tsv:5: c", "train.tsv:6: d"])
+    with pytest.raises(DataError, match="3 of 10 files cannot be used"):
+        bad.add(["train.tsv:3: a"])
 
 
 @pytest.mark.parametrize(("share", "most"), [(0.02, 2), (0.019, 1), (0.0, 0), (1.0, 100)])
@@ -34,7 +43,9 @@ def test_a_share_above_the_limit_ends_the_run(share, most, tmp_path):
     for number in range(most):
         bad.add([f"list:{number}: damaged"])
     if most < 100:
-        with pytest.raises(DataError, match=rf"list:x: damaged; {most + 1} of 100 files .* --max_bad_share {share:g}"):
+        with pytest.raises(
+            DataError, match=rf"list:x: damaged; {most + 1} of 100 files .* --max_bad_share {share:g} allows"
+        ):
             bad.add(["list:x: damaged"])
         assert "list:x: damaged" in (tmp_path / "bad.txt").read_text()
 
@@ -51,8 +62,8 @@ def test_conversions_are_told_once_per_kind_and_counted(caplog):
     assert len(first) == 2
     assert all(line.endswith("-> 16 kHz mono") for line in first)
     assert [record.getMessage() for record in caplog.records] == [
-        "1,204 files 44.1 kHz stereo -> 16 kHz mono",
-        "1 files 8 kHz mono -> 16 kHz mono",
+        "converted in the first epoch: 1,204 files 44.1 kHz stereo -> 16 kHz mono",
+        "converted in the first epoch: 1 files 8 kHz mono -> 16 kHz mono",
     ]
 
 
