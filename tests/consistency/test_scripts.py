@@ -140,7 +140,6 @@ def test_every_variable_of_the_launcher_sets_the_flag_beside_it(mode, command):
         if flag != "init_from":
             variables.setdefault(variable, "true")
     wanted["update_freq"] = ["1"]
-    del wanted["train_subset"]  # the shards say what is trained on
     words = command("train", mode, **{**variables, "DEVICE": "7"})
     _, flags = program_and_flags(words)
     groups = " ".join(flags[1:]).split("--")[1:]

@@ -235,16 +235,15 @@ def test_a_stream_trains_and_goes_on_bit_for_bit(shards, pretrained, tmp_path, w
 
 def test_a_list_of_another_shard_or_of_none_is_refused(data, shards, tmp_path):
     first, second = (str(shards / f"train-00000{number}") for number in range(2))
+    one = ("--is_tarred", "--tarred_filepaths", f"{first}.tar")
     for manifests, message in (
         (f"{second}.tsv", r"train-000001.tar is no clip of the shard .*train-000000.tar"),
         (str(data / "train.tsv"), r"0.wav is no clip of the shard"),
     ):
         with pytest.raises(DataError, match=message):
-            more = ("--is_tarred", "--tarred_filepaths", f"{first}.tar", "--shard_manifests", manifests)
-            pretrain(shards, tmp_path / "out", *more)
+            pretrain(shards, tmp_path / "out", *one, "--shard_manifests", manifests)
     with pytest.raises(ConfigError, match="2 lists for 1 shards"):
-        more = ("--is_tarred", "--tarred_filepaths", f"{first}.tar", "--shard_manifests", f"{first}.tsv,{second}.tsv")
-        pretrain(shards, tmp_path / "out", *more)
+        pretrain(shards, tmp_path / "out", *one, "--shard_manifests", f"{first}.tsv,{second}.tsv")
     with pytest.raises(DataError, match="--tarred_filepaths: .*nowhere.tar: no such file"):
         pretrain(shards, tmp_path / "out", "--is_tarred", "--tarred_filepaths", str(shards / "nowhere.tar"))
 
