@@ -12,6 +12,12 @@ _LARGEST_MMAP_THRESHOLD = 32 * 2**20  # glibc refuses more
 _NEVER = -1
 
 
+def give_back_freed_memory() -> None:
+    """Let glibc return to the system what lies free between what is in use; elsewhere nothing happens."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep what tensors give back, up to 32 MiB apiece; elsewhere nothing is changed.
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from common.data.batching import SubBatches
 from common.data.collate import Batch, Collator, FileNews
@@ -23,10 +23,12 @@ from common.data.dataset import Sample, SpeechDataset
 from common.data.sampler import VALIDATION, PlannedSubBatch, UpdateSampler
 from common.data.watch import BadFiles, Conversions, Work
 from common.errors import DataError, UserError
+from common.host_memory import give_back_freed_memory
 
 log = logging.getLogger(__name__)
 PREFETCH_PER_WORKER = 2
 POSITION = ("epoch", "position", "updates_per_epoch")  # where a loader stands; the rest says of which plan
+TIDY_EVERY = 256  # batches of a worker
 MOST_REPLACED = 100  # sub-batches one after another of which nothing can be used
 CPU = torch.device("cpu")
 
@@ -49,12 +51,15 @@ class BatchMaker(Dataset):
         """
         self._dataset, self.sub_batches, self._collate = dataset, sub_batches, collate
         self._skip_bad, self._fill = skip_bad, fill
+        self._made = 0
 
     def __getitem__(self, planned: Sequence[PlannedSubBatch]) -> Batch | FileNews | UserError:
         """The joined batch, or only news where nothing is left of it.
 
         An error of the data is returned: torch would wrap a raised one in a traceback.
         """
+        self._made += 1
+        tidy_worker(self._made)
         begin, cpu_begin = time.perf_counter(), time.thread_time()
         bad: list[str] = []
         try:
@@ -365,6 +370,12 @@ def _worker_options(num_workers: int) -> dict[str, Any]:
     if sys.platform == "linux":
         options["multiprocessing_context"] = "fork"
     return options
+
+
+def tidy_worker(batches: int) -> None:
+    """Once in a while give memory back: clips of all lengths leave holes, which add up over days."""
+    if batches % TIDY_EVERY == 0 and get_worker_info() is not None:
+        give_back_freed_memory()
 
 
 def _start_worker(_: int) -> None:

@@ -26,7 +26,7 @@ from common import distributed
 from common.data.batching import plan_sub_batches
 from common.data.collate import Batch, Collator, FileNews
 from common.data.dataset import Waveforms
-from common.data.loader import UpdateLoader, read_batches
+from common.data.loader import UpdateLoader, read_batches, tidy_worker
 from common.data.manifest import Manifest
 from common.data.masking import SpanMasking
 from common.data.sampler import PlannedSubBatch
@@ -154,6 +154,7 @@ class BatchStream(IterableDataset):
             for number, parts in enumerate(self._planned(worker, epoch_pass, tally), start=1):
                 batch = None if number <= done else self._make(parts, worker, epoch_pass, turn, tally)
                 if batch is not None:
+                    tidy_worker(number)
                     seconds, cpu_seconds = time.perf_counter() - begin, time.thread_time() - cpu_begin
                     news = FileNews(batch.news.converted, tuple(tally.bad), seconds, cpu_seconds)
                     yield replace(batch, news=news, number=number, left_out=tally.left_out)
