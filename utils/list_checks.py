@@ -347,6 +347,7 @@ def _in_processes(checker: Checker, tasks: list[tuple[int, int]], workers: int) 
     # Forked processes share the arrays of the list; elsewhere than on Linux forking is unsafe, and they are sent.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(checker,)) as pool:
+        done = False
         try:
             waiting: deque[Future[Checked]] = deque()
             for task in tasks:
@@ -355,15 +356,16 @@ def _in_processes(checker: Checker, tasks: list[tuple[int, int]], workers: int) 
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+            done = True
         except BrokenProcessPool:
             raise DataError(
                 f"--workers {workers}: a process was ended while it checked {checker.manifest.name}; if memory ran "
                 "out, give fewer"
             ) from None
-        except BaseException:
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
+        finally:
+            if not done:  # an error, Ctrl-C, or nobody wants the rest: the pool would wait for what it has begun
+                for process in multiprocessing.active_children():
+                    process.terminate()
 
 
 def _start(checker: Checker) -> None:
