@@ -324,12 +324,13 @@ def _help(spec: FlagSpec, kind: _Kind, default: Any) -> str:
     elif kind.single is bool:
         notes.append(f"default: {'on' if default else 'off'}")
     elif default is None or default == "" or default == ():
-        notes.append("default: none")
+        if "(default" not in spec.help:  # where nothing is given, the text may say what then holds
+            notes.append("default: none")
     else:
         notes.append("default: " + (" ".join(map(str, default)) if kind.many else str(default)))
     if spec.choices is None and (spec.minimum is not None or spec.maximum is not None):
         notes.append(spec.expected(kind.single))
-    return f"{spec.help} ({'; '.join(notes)})".replace("%", "%%")
+    return (f"{spec.help} ({'; '.join(notes)})" if notes else spec.help).replace("%", "%%")
 
 
 def _converter(option: str, spec: FlagSpec, single: type) -> Any:

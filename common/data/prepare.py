@@ -90,7 +90,9 @@ def train_loader(
     )
     if dataset_temperature:
         dataset_weights = temperature_weights(_hours(dataset, sample_rate), dataset_temperature)
-        log.info("weights of the lists: %s", ", ".join(f"{weight:.3g}" for weight in dataset_weights))
+    if dataset_weights is not None:
+        names = zip(manifest.name.split("+"), dataset_weights, strict=False)
+        log.info("weights of the lists: %s", ", ".join(f"{name} {weight:.3g}" for name, weight in names))
     sampler = UpdateSampler(
         lengths=plan.samples,
         sub_batches_per_update=world * concat * update_freq,

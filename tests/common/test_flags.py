@@ -287,3 +287,18 @@ def test_fields_of_another_mode_keep_their_default():
     assert not hasattr(namespace, "num_negatives")
     assert from_namespace(Loss, namespace) == Loss()
     assert from_namespace(Loss, argparse.Namespace(mask_prob=0.1)) == dataclasses.replace(Loss(), mask_prob=0.1)
+
+
+def test_a_help_that_says_what_holds_without_the_flag_is_not_contradicted():
+    @dataclass(frozen=True)
+    class Section:
+        """One section."""
+
+        own: str = flag("", "text (default: that of the list)")
+        plain: str = flag("", "another text")
+
+    parser = Parser(prog="x", usage="x", description="x")
+    add_flags(parser, Section, "pretrain", "section")
+    text = " ".join(parser.format_help().split())
+    assert "text (default: that of the list) --plain" in text
+    assert "another text (default: none)" in text
