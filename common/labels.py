@@ -87,6 +87,11 @@ def words(line: str) -> str:
     return " ".join("".join(line.split()).replace(WORD_BOUNDARY, " ").split())
 
 
+def spell(text: str) -> str:
+    """Turn text into a line of a `.ltr` file: the inverse of `words`."""
+    return " ".join(f"{' '.join(word)} {WORD_BOUNDARY}" for word in text.split())
+
+
 def _lines(path: str | Path) -> list[str]:
     try:
         with Path(path).open(encoding="utf-8-sig") as file:

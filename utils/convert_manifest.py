@@ -24,9 +24,9 @@ import numpy as np
 from common.data import manifest_files
 from common.data.audio import read_info
 from common.data.manifest import JSON_SUFFIXES, Manifest
-from common.data.manifest_files import SHARD_PATH, Columns, spell
+from common.data.manifest_files import SHARD_PATH, Columns
 from common.errors import ConfigError, DataError, shown
-from common.labels import words
+from common.labels import spell, words
 from utils import program
 
 BATCH = 1000  # files whose headers are asked for at a time

@@ -27,10 +27,9 @@ if not __package__:
 
 from common.data.audio import Clip, read_audio, read_info
 from common.data.manifest import JSON_SUFFIXES, Manifest, Utterance, read_manifest
-from common.data.manifest_files import spell
 from common.data.shards import AUDIO, META, ShardClip, expand_pattern, index_shard
 from common.errors import ConfigError, DataError
-from common.labels import words
+from common.labels import spell, words
 from common.rng import numpy_rng
 from utils import program
 

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from common.errors import DataError
+from common.labels import spell
 from utils import program
 
 
@@ -18,11 +19,6 @@ class Line:
 
     words: tuple[str, ...]
     where: str
-
-
-def letters(words: Iterable[str]) -> str:
-    """`A N D | A |` of AND A: characters separated by spaces, `|` after each word."""
-    return " ".join(" ".join(word) + " |" for word in words)
 
 
 @lru_cache(maxsize=4)  # lists go folder by folder
@@ -75,6 +71,6 @@ def words_of(root: Path, paths: Iterable[str], tsv: Path) -> Iterator[tuple[str,
 def write_labels(root: Path, paths: Iterable[str], tsv: Path, output: Path) -> int:
     """Write OUTPUT.ltr and OUTPUT.wrd in the order of the list; returns the number of words."""
     words = list(words_of(root, paths, tsv))
-    program.write_lines(output.with_name(output.name + ".ltr"), map(letters, words))
+    program.write_lines(output.with_name(output.name + ".ltr"), (spell(" ".join(line)) for line in words))
     program.write_lines(output.with_name(output.name + ".wrd"), map(" ".join, words))
     return sum(map(len, words))

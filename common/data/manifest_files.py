@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import DataError, shown
+from common.labels import spell
 
 CHUNK = 1 << 22  # bytes
 TAB, LINE_FEED, ZERO = b"\t\n0"
@@ -147,11 +148,6 @@ class _StringsBuilder:
             filled = total + int(last[-1]) + 1 if len(last) else filled
             total += len(widths)
         return filled, total
-
-
-def spell(text: str) -> str:
-    """Words as a line of labels: AND A becomes `A N D | A |`."""
-    return " ".join(" ".join(word) + " |" for word in text.split())
 
 
 def text_chunks(path: Path, remedy: str) -> Iterator[bytes]:

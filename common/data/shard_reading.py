@@ -25,10 +25,10 @@ import numpy as np
 from common.data.audio import AudioInfo, read_audio, read_info
 from common.data.dataset import Sample, Waveforms
 from common.data.manifest import Manifest
-from common.data.manifest_files import spell
 from common.data.selection import LengthLimits
 from common.data.shards import COMPRESSED, REPACK, is_audio, shards_of_rank, split_name, text_of
 from common.errors import ConfigError, DataError, one_line
+from common.labels import spell
 from common.rng import numpy_rng
 
 log = logging.getLogger(__name__)
