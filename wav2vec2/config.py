@@ -12,6 +12,7 @@ from common.checkpoint import default_milestones
 from common.errors import ConfigError, one_line
 from common.flags import flag
 from wav2vec2.data_config import FINETUNE, PRETRAIN, DataConfig, ShardConfig
+from wav2vec2.run_config import RunConfig
 
 # A checkpoint says how large a model is to be made: no more than this, whoever wrote it.
 MAX_LAYERS = 500
@@ -358,47 +359,6 @@ class PrecisionConfig:
         if self.fp32_ops is None:
             return DEFAULT_FP32_OPS[self.name]
         return () if self.fp32_ops == ("none",) else self.fp32_ops
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Where and how a run goes on."""
-
-    output_dir: str = flag("", "folder for checkpoints and logs", required=True, metavar="DIR")
-    device: str = flag("auto", "where to train; auto takes CUDA when there is one", choices=("auto", "cuda", "cpu"))
-    seed: int = flag(1, "random seed of weights, masks, negatives, crops and order", minimum=0)
-    resume: bool = flag(False, "go on from the newest valid checkpoint of --output_dir")
-    resume_from: str = flag(
-        "",
-        "go on from this checkpoint, of any format, while --output_dir holds none: weights, optimizer and update",
-        metavar="PATH",
-    )
-    init_from: str = flag(
-        "",
-        "continue pre-training with the weights of this checkpoint, of any format; optimizer and schedule begin anew",
-        modes=PRETRAIN,
-        metavar="PATH",
-    )
-    save: bool = flag(True, "write checkpoints")
-    save_frequency: int = flag(1, "epochs between checkpoints", minimum=1)
-    save_interval_updates: int = flag(0, "updates between checkpoints, besides; 0 is off", minimum=0)
-    keep_milestones: tuple[int, ...] | None = flag(
-        None,
-        "updates whose checkpoints are kept for good (default: every quarter of --max_update)",
-        nargs="+",
-    )
-    validate_frequency: int = flag(1, "epochs between validations", minimum=1)
-    validate_interval_updates: int = flag(0, "updates between validations, besides; 0 is off", minimum=0)
-    log_frequency: int = flag(10, "updates between lines of the log", minimum=1)
-    num_epochs: int = flag(0, "stop after this many epochs, for benchmarks; 0 trains to --max_update", minimum=0)
-    num_warmup_epochs: int = flag(0, "epochs left out of the benchmark's averages", minimum=0)
-    bucket_cap_mb: int = flag(25, "size of DDP's gradient buckets in MiB", minimum=1)
-    compile: bool = flag(False, "compile conv blocks, transformer layers and contrastive logits with torch.compile")
-    cuda_graphs: bool = flag(False, "with --compile: replay the compiled parts as CUDA graphs; for equal lengths")
-    checkpoint_activations: bool = flag(
-        False, "keep only the input of every transformer layer for backward: less memory, about a third more work"
-    )
-    debug: bool = flag(False, "show tracebacks of errors")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,17 @@ from wav2vec2.logging import INFERENCE_METRICS, METRICS
 
 LEAVES = ("errors", "entry", "flags", "rng", "schedules", "host_memory", "distributed", "labels")
 SERVICES = ("metrics", "logger", "checkpoint", "torch_file", "pickle_check", "precision", "optim", "ema", "data")
-BLOCKS = ("data_config", "config", "inference_config", "norms", "dropout", "gradients", "attention", "convolutions")
+BLOCKS = (
+    "data_config",
+    "run_config",
+    "config",
+    "inference_config",
+    "norms",
+    "dropout",
+    "gradients",
+    "attention",
+    "convolutions",
+)
 ASSEMBLY = (
     *("arg_parser", "build", "build_data", "config_checks", "data_checks", "decoding", "evaluate"),
     *("latency", "logging", "run", "start", "transcribe", "convert"),
