@@ -12,6 +12,8 @@ from common.data.collate import Batch
 from common.entry import run_program
 from common.errors import DataError
 from common.logger import setup_console
+from common.preemption import Preemption
+from common.watchdog import Watchdog
 from wav2vec2.arg_parser import parse_train
 from wav2vec2.build import build_run
 from wav2vec2.run import Run
@@ -20,28 +22,32 @@ from wav2vec2.run import Run
 def main(argv: Sequence[str]) -> None:
     """Train as the command line says."""
     config = parse_train(argv)
-    with distributed.session(config.run.device) as device:
+    with Preemption() as preemption, distributed.session(config.run.device) as device:
         setup_console(is_main=distributed.is_main())
-        train(build_run(config, device, command=["train.py", *argv]))
+        with Watchdog(**config.run.watched()) as watchdog:
+            train(build_run(config, device, ["train.py", *argv], preemption=preemption, watchdog=watchdog))
 
 
 def train(run: Run) -> None:
-    """Train from wherever the run stands to its last update."""
+    """Train from wherever the run stands to its last update, or until it is asked to stop."""
     try:
-        while not run.finished:
-            updated = train_step(run, run.train_loader.next_update(run.device), run.progress.step)
+        run.begin()
+        while not run.ended:
+            updated = train_step(run, run.next_update(), run.progress.step)
             run.after_update(updated)
+        run.end()
     except DataError:
         run.rescue()  # a bad file must not cost what was learnt before it
         raise
-    run.close()
+    finally:
+        run.close()
 
 
 def train_step(run: Run, batches: Sequence[Batch], step: int) -> bool:
     """Make one update from update_freq micro-batches; False if fp16 overflowed and it was skipped."""
     run.set_step(step)  # Gumbel temperature, LayerDrop, freezing
     count = distributed.sum_across_ranks(run.task.count_units(batches), run.device)
-    for micro, batch in enumerate(batches):
+    for micro, batch in enumerate(run.in_turn(batches)):
         rng.seed_all(run.config.run.seed, "dropout", step, micro, distributed.rank())
         last = micro == len(batches) - 1
         with nullcontext() if last else run.engine.no_sync():

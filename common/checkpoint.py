@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ BEST_NAME = "wav2vec2_best.pt"
 _UPDATE_NAME = re.compile(r"wav2vec2_update(\d+)\.pt")
 _TEMPORARY = ".{name}.tmp"
 _NEEDED = {"mode": str, "config": dict, "model": dict}
+_SPARE_BYTES = 2**20  # for the table of contents, and what else is written meanwhile
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -115,6 +117,30 @@ def save(path: str | Path, state: Mapping[str, Any]) -> None:
         ) from error
 
 
+def num_bytes(state: object) -> int:
+    """Bytes of all tensors in a state, to a file's length but for its table of contents."""
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    if isinstance(state, Mapping):
+        return sum(num_bytes(value) for value in state.values())
+    return sum(num_bytes(value) for value in state) if isinstance(state, (list, tuple)) else 0
+
+
+def check_space(folder: str | Path, wanted: int) -> None:
+    """Raise CheckpointError if a disk has less than `wanted` bytes (and a little) left."""
+    free = shutil.disk_usage(folder).free
+    if free < wanted + _SPARE_BYTES:
+        raise CheckpointError(
+            f"--output_dir {folder}: the disk has {free / 2**20:.1f} MiB left, and saving takes {wanted / 2**20:.1f}; "
+            "free some space and go on with --resume (older checkpoints are untouched)"
+        )
+
+
+def snapshot(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state whose tensors are copies in host memory. Raises TypeError as file_content()."""
+    return _plain(state, "state", copy=True)
+
+
 def file_content(state: Mapping[str, Any]) -> dict[str, Any]:
     """What a file of this toolkit holds. Raises TypeError for what weights-only loading would refuse."""
     return _plain({**state, "format": FORMAT, "format_version": FORMAT_VERSION}, "state")
@@ -150,19 +176,22 @@ def load_newest(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def _plain(value: Any, where: str) -> Any:
-    """A copy made of dict, list, tuple, str, numbers and detached tensors; names the culprit otherwise."""
+def _plain(value: Any, where: str, *, copy: bool = False) -> Any:
+    """A copy made of dict, list, tuple, str, numbers and detached tensors; names the culprit otherwise.
+
+    `copy`: tensors are copied too, to the host.
+    """
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, Tensor):
-        return value.detach()
+        return value.detach().to("cpu", copy=True) if copy else value.detach()
     if isinstance(value, Mapping):
         for key in value:
             if type(key) not in (str, int):
                 raise TypeError(f"{where}: key {key!r} is a {type(key).__name__}")
-        return {key: _plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+        return {key: _plain(item, f"{where}[{key!r}]", copy=copy) for key, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_plain(item, f"{where}[{i}]") for i, item in enumerate(value))
+        return type(value)(_plain(item, f"{where}[{i}]", copy=copy) for i, item in enumerate(value))
     raise TypeError(f"{where}: a {type(value).__module__}.{type(value).__name__} cannot go into a checkpoint")
 
 

@@ -1,6 +1,6 @@
 """The processes of a run: start and end of the group, who am I, sums and objects across ranks, DDP.
 
-The only reader of the launcher's environment (torchrun's RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE).
+The only reader of the launcher's environment (torchrun's RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, and so on).
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -10,9 +10,11 @@ import gc
 import inspect
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common.errors import ConfigError
+from common.errors import ConfigError, Stopped
 from common.host_memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
@@ -56,11 +58,17 @@ def session(device: str = "auto") -> Iterator[torch.device]:
     grouped = _environment_number("WORLD_SIZE", 1) > 1
     if grouped:
         _join_group(place)
-    yield place
+    stopped = None
+    try:
+        yield place
+    except Stopped as asked:  # by all ranks, after the same update
+        stopped = asked
     # Not in a `finally`: after an error the other ranks may be inside a collective that this one never joins,
-    # and leaving in an orderly way would wait for them. The process ends, and the launcher stops the others.
+    # and leaving in an orderly way would wait for them. The process ends, and the others see to it that they do, too.
     if grouped:
         _leave_group()
+    if stopped is not None:
+        raise stopped
 
 
 def rank() -> int:
@@ -162,6 +170,36 @@ def wrap(
         bucket_cap_mb=bucket_cap_mb,
         **_NO_BUFFERS,
     )
+
+
+def machine() -> str:
+    """This machine among those of the run: its name, and what tells containers of one name apart."""
+    try:
+        space = str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        space = ""
+    return f"{socket.gethostname()} {space}"
+
+
+def open_store(name: str, timeout: timedelta) -> dist.Store:
+    """A connection of its own to the store of the process group, with keys of its own.
+
+    A store serves one caller at a time, so a thread cannot use the group's.
+    """
+    host, port = os.environ["MASTER_ADDR"], _environment_number("MASTER_PORT", 0)
+    store = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+    attempt = _environment_number("TORCHELASTIC_RESTART_COUNT", 0)
+    return dist.PrefixStore(f"{name}/{attempt}", store)
+
+
+def store_host() -> str:
+    """The machine that has the store of the process group."""
+    return os.environ.get("MASTER_ADDR", "")
+
+
+def is_elastic() -> bool:
+    """Whether the launcher starts the processes again after one has failed."""
+    return _environment_number("TORCHELASTIC_MAX_RESTARTS", 0) > 0
 
 
 def set_threads(device: torch.device) -> None:

@@ -8,11 +8,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from common.errors import ConfigError, UserError
+from common.errors import ConfigError, Stopped, UserError
 
 
 def run_program(main: Callable[[Sequence[str]], None], argv: Sequence[str], rank: int = 0) -> NoReturn:
-    """Run a program and exit: 2 for wrong usage, 1 for data and run-time errors, 130 after Ctrl-C.
+    """Run a program and exit: 2 for wrong usage, 1 for data and run-time errors, 130 after Ctrl-C, Stopped's own.
 
     With --debug among the arguments errors keep their traceback. `rank`: number of this process in its run; a wrong
     flag, which all of them find, is told by the first.
@@ -20,11 +20,16 @@ def run_program(main: Callable[[Sequence[str]], None], argv: Sequence[str], rank
     status: int = 0
     try:
         main(argv)
+    except Stopped as stopped:
+        if not rank:
+            print(f"stopped: {stopped}", file=sys.stderr)  # noqa: T201
+        status = stopped.exit_status
     except UserError as error:
         if "--debug" in argv:
             raise
         if not (rank and isinstance(error, ConfigError)):
-            print(f"error: {error}" + (f" (process {rank})" if rank else ""), file=sys.stderr)  # noqa: T201
+            place = error.where or (f"process {rank}" if rank else "")
+            print(f"error: {error}" + (f" ({place})" if place else ""), file=sys.stderr)  # noqa: T201
         status = error.exit_status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)  # noqa: T201

@@ -25,6 +25,7 @@ class UserError(Exception):
     """Base of all errors that end a program with one line instead of a traceback."""
 
     exit_status = 1
+    where = ""  # process, update and batch, where several processes make it worth telling
 
 
 class ConfigError(UserError):
@@ -43,3 +44,11 @@ class CheckpointError(UserError):
 
 class TrainingError(UserError):
     """A run that cannot go on. Message: why, where the last good checkpoint is, what to do."""
+
+
+class Stopped(UserError):
+    """A run that was asked to stop, and has saved. Message: why, where it stands, how it goes on."""
+
+    def __init__(self, message: str, exit_status: int) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status

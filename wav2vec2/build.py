@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,14 +16,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from common import distributed, flags, rng
+from common import checkpoint, distributed, flags, rng
 from common.ema import Ema
 from common.errors import ConfigError
 from common.labels import Dictionary
+from common.lock import FolderLock
 from common.logger import RunLogger
 from common.optim import parameter_groups
 from common.precision import LossScaler, MixedPrecisionOptimizer, to_half
+from common.preemption import Preemption
 from common.schedules import make_schedule
+from common.watchdog import Watchdog
 from wav2vec2.build_data import build_loaders
 from wav2vec2.config import Config
 from wav2vec2.logging import METRICS
@@ -34,14 +38,26 @@ from wav2vec2.task import FinetuneTask, PretrainTask
 
 log = logging.getLogger(__name__)
 
+_PATIENCE = 60.0  # seconds
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def build_run(config: Config, device: torch.device, command: list[str]) -> Run:
-    """A run that is ready to train, resumed where --resume finds a checkpoint."""
+def build_run(
+    config: Config,
+    device: torch.device,
+    command: list[str],
+    *,
+    preemption: Preemption | None = None,
+    watchdog: Watchdog | None = None,
+) -> Run:
+    """A run that is ready to train, resumed where --resume finds a checkpoint.
+
+    `preemption` and `watchdog` are entered already; without them no signal is noticed, and no other process.
+    """
     torch.backends.cuda.matmul.allow_tf32 = config.precision.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.precision.allow_tf32
     _check_writable(Path(config.run.output_dir))
+    lock = _lock(config) if distributed.is_main() else None
     start = find_start(config)
     config, dictionary = start.config, start.dictionary
     model = build_model(config, dictionary)
@@ -81,12 +97,17 @@ def build_run(config: Config, device: torch.device, command: list[str]) -> Run:
             total_updates=config.optim.max_update,
         ),
         frozen_weights=frozen,
+        preemption=preemption or Preemption(),
+        watchdog=watchdog or Watchdog(),
+        lock=lock,
     )
     if start.state and start.path:
         run.load_state_dict(start.state, start.path)
         log.info("resumed %s: update %d, epoch %d", start.path, run.progress.step, run.train_loader.epoch)
         if run.finished:
             log.info("the run is finished already; raise --max_update to train longer")
+    if config.run.save and distributed.is_main():
+        _check_disk(run)
     _describe(run, command)
     return run
 
@@ -138,6 +159,30 @@ def _check_writable(folder: Path) -> None:
         raise ConfigError(
             f"--output_dir {folder}: cannot be written ({error.strerror}); choose another folder"
         ) from None
+
+
+def _lock(config: Config) -> FolderLock:
+    """The folder's lock; after a restart by the launcher the process before may be a little longer about its end."""
+    return FolderLock(config.run.output_dir, patience=_PATIENCE if distributed.is_elastic() else 0.0)
+
+
+def _check_disk(run: Run) -> None:
+    """Refuse a disk that has no room for a checkpoint; tell of one that has none for all that will be kept."""
+    folder, one = run.config.run.output_dir, run.checkpoint_bytes()
+    checkpoint.check_space(folder, one)
+    ahead = [update for update in run.config.milestones() if update > run.progress.step]
+    kept = len(ahead) + checkpoint.Retention().keep_last + 2  # the best one, and the one that is being written
+    free = shutil.disk_usage(folder).free
+    if free < kept * one:
+        log.warning(
+            "--output_dir %s: %.1f GiB are free, and the checkpoints to come may take %.1f GiB (%d of %.1f); the run "
+            "ends with the last one whole when the disk is full",
+            folder,
+            free / 2**30,
+            kept * one / 2**30,
+            kept,
+            one / 2**30,
+        )
 
 
 def _freeze_idle(model: nn.Module, config: Config) -> None:

@@ -63,7 +63,12 @@ SUMS: tuple[str, ...] = (
     *("ntokens", "nsentences", "nframes", "nsamples"),
     *("c_errors", "c_total", "w_errors", "w_total", "blank_frames"),
 )
-REDUCTIONS: dict[str, Reduction] = {**dict.fromkeys(SUMS, "sum"), "grad_norm": "mean", "data_wait": "max"}
+REDUCTIONS: dict[str, Reduction] = {
+    **dict.fromkeys(SUMS, "sum"),
+    "grad_norm": "mean",
+    "data_wait": "max",
+    "since_save": "max",
+}
 
 
 def summarize(sums: Mapping[str, float], mode: str) -> dict[str, float]:

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,18 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from common import checkpoint, distributed, flags
+from common.checkpoint_writer import CheckpointWriter
+from common.data.collate import Batch
 from common.data.loader import UpdateLoader, ValidLoader
 from common.ema import Ema
-from common.errors import CheckpointError, TrainingError
+from common.errors import CheckpointError, Stopped, TrainingError
 from common.labels import Dictionary
+from common.lock import FolderLock
 from common.logger import RunLogger, progress
 from common.metrics import Metrics
 from common.precision import MixedPrecisionOptimizer
+from common.preemption import Preemption
+from common.watchdog import Watchdog
 from wav2vec2.config import Config
 from wav2vec2.evaluate import evaluate
 from wav2vec2.logging import REDUCTIONS, summarize, throughput
@@ -38,6 +43,7 @@ class Progress:
 
     step: int = 0  # finished updates
     best: float | None = None  # lowest WER, or loss in pre-training
+    validation_due: bool = False  # a signal came before or during it
 
 
 @dataclass
@@ -71,6 +77,10 @@ class Run:
     dictionary: Dictionary | None
     logger: RunLogger
     frozen_weights: dict[str, Tensor]  # fp32 weights that are not trained
+    preemption: Preemption = field(default_factory=Preemption)
+    watchdog: Watchdog = field(default_factory=Watchdog)
+    lock: FolderLock | None = None  # of process 0
+    writer: CheckpointWriter = field(default_factory=CheckpointWriter)
     metrics: Metrics = field(default_factory=lambda: Metrics(REDUCTIONS))
     progress: Progress = field(default_factory=Progress)
 
@@ -81,7 +91,16 @@ class Run:
         self._benchmark: list[dict[str, float]] = []
         self._unlogged = 0
         self._cause_of_waiting = ""
-        self._clock = time.perf_counter()
+        self._stopping = self._is_best = False
+        self._since_save = 0.0
+        self._saved_step: int | None = None  # what the newest checkpoint of this process stands for
+        self._clock = self._saved_at = time.perf_counter()
+        self.watchdog.before_end = self.writer.join
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is nothing more to do: the run is finished, or all processes agreed to stop."""
+        return self.finished or self._stopping
 
     @property
     def finished(self) -> bool:
@@ -96,11 +115,31 @@ class Run:
         self.task.set_step(step)
         self.optimizer.freeze(self.task.frozen_groups)
 
+    def begin(self) -> None:
+        """Do what a signal kept the run before from doing."""
+        if self.progress.validation_due:
+            self.validate()
+            self._save_due()
+
+    def next_update(self) -> list[Batch]:
+        """This process's micro-batches of the next update."""
+        self.watchdog.at("waiting for the data", update=self.progress.step + 1)
+        return self.train_loader.next_update(self.device)
+
+    def in_turn(self, batches: Sequence[Batch]) -> Iterator[Batch]:
+        """The micro-batches one by one, while the watchdog knows which."""
+        for number, batch in enumerate(batches, start=1):
+            self.watchdog.at(f"forward and backward of micro-batch {number} of {len(batches)}", ids=batch.ids)
+            yield batch
+        self.watchdog.at("update of the weights")
+
     def after_update(self, updated: bool) -> None:
         """Count the update, and do what is due after it."""
+        self.writer.check()
         config, step = self.config.run, self.progress.step + int(updated)
         self.progress.step = step
         self._unlogged += 1
+        self._stopping = self.preemption.agreed(self.device)
         epoch, epoch_ends = self.train_loader.epoch, self.train_loader.at_epoch_end
 
         def due(updates: int, epochs: int) -> bool:
@@ -113,21 +152,22 @@ class Run:
             self._end_benchmark_epoch(epoch)
         if due(config.validate_interval_updates, config.validate_frequency):
             self.validate()
-        if due(config.save_interval_updates, config.save_frequency) or (updated and step in self.config.milestones()):
-            self.save(checkpoint.update_path(config.output_dir, step))
+        milestone = updated and step in self.config.milestones()
+        self._save_due(due(config.save_interval_updates, config.save_frequency) or milestone)
 
     def log(self) -> None:
         """Write the interval since the last line; the only place where training waits for the device."""
         if not self._unlogged:
             return
         work = self.train_loader.take_work()
-        self.metrics.add({"data_wait": work.waited})
+        self.metrics.add({"data_wait": work.waited, "since_save": time.perf_counter() - self._saved_at})
         sums = self.metrics.reduce(self.device)
         seconds = time.perf_counter() - self._clock
         for interval in (self._since_validation, self._epoch):
             interval.add({name: sums[name] for name in sums if REDUCTIONS[name] == "sum"}, self._unlogged, seconds)
         left = self.config.optim.max_update - self.progress.step
         self._refuse_collapse(sums)
+        self._since_save = sums["since_save"]  # the same in all processes, unlike their clocks
         values = self._values(sums, self._unlogged, seconds) | {
             "eta": left * seconds / self._unlogged,
             "data_wait": 100 * sums["data_wait"] / seconds,
@@ -148,7 +188,7 @@ class Run:
         self._clock = time.perf_counter()
 
     def validate(self) -> None:
-        """Evaluate with the averaged weights (if there are any) and keep the best."""
+        """Evaluate with the averaged weights (if there are any); put off if a signal asks to stop."""
         self.log()
         step = (self.train_loader.epoch, self.progress.step)
         average = self._since_validation
@@ -157,30 +197,34 @@ class Run:
         self._since_validation = _Interval()
         bar = progress(self.valid_loader, desc="validation", total=len(self.valid_loader), unit="batch")
         with self.ema.swapped_in(self.task.model):
-            values = evaluate(self.task, bar, self.device, self.dictionary)
-        self.logger.log("val", step, values)
-        score = values.get("wer", values["loss"])
-        if math.isfinite(score) and (self.progress.best is None or score < self.progress.best):
-            self.progress.best = score
-            self.save(checkpoint.best_path(self.config.run.output_dir))
+            values = evaluate(self.task, self._until_asked(bar), self.device, self.dictionary)
+        cut_short = distributed.sum_across_ranks(float(self.preemption.asked is not None), self.device)
+        self.progress.validation_due = bool(cut_short)
+        if self.progress.validation_due:
+            self._stopping = True
+        else:
+            self.logger.log("val", step, values)
+            score = values.get("wer", values["loss"])
+            self._is_best = math.isfinite(score) and (self.progress.best is None or score < self.progress.best)
+            self.progress.best = score if self._is_best else self.progress.best
         self._clock = time.perf_counter()
 
-    def save(self, path: Path) -> None:
-        """Write a checkpoint, and remove those that are no longer wanted."""
+    def save(self, *paths: Path) -> None:
+        """Write a checkpoint, under one or several names, and remove those that are no longer wanted."""
         self.log()  # so that no checkpoint of a run that has gone wrong replaces a good one
         if self.config.run.save:
-            position = self.train_loader.state_dict()  # a stream asks all ranks for it
+            self.watchdog.at("saving")
+            state = self.state_dict(self.train_loader.state_dict())  # a stream asks all processes for its position
             if distributed.is_main():
-                checkpoint.save(path, self.state_dict(position))
-                keep = checkpoint.Retention(milestones=self.config.milestones())
-                keep.prune(self.config.run.output_dir, final=self.config.optim.max_update)
-                log.info("saved %s", path)
-        self._clock = time.perf_counter()
+                self.writer.save(paths, state, lambda: self._after_saving(paths))
+            self._saved_step = self.progress.step
+        self._clock = self._saved_at = time.perf_counter()
+        self._since_save = 0.0
 
     def rescue(self) -> None:
         """Save where a run of one process stands; several may no longer agree on where that is."""
         if self.progress.step and distributed.world_size() == 1:
-            self.save(checkpoint.update_path(self.config.run.output_dir, self.progress.step))
+            self.save(self._path)
 
     def state_dict(self, position: Mapping[str, Any]) -> dict[str, Any]:
         """All that a checkpoint holds; `position`: the loader's."""
@@ -197,6 +241,7 @@ class Run:
             "ema": self.ema.state_dict(),
             "loader": position,
             "progress": vars(self.progress).copy(),
+            "processes": distributed.world_size(),
             "origin": None,
         }
 
@@ -219,17 +264,77 @@ class Run:
         if state.get("loader"):
             self.train_loader.load_state_dict(state["loader"])
         self.progress = Progress(**state["progress"])
+        before, now = state.get("processes"), distributed.world_size()
+        if before not in (None, now):
+            log.info(
+                "%s was written by %d processes, this run has %d: the same data in the same order; sums over processes "
+                "are rounded differently",
+                path,
+                before,
+                now,
+            )
 
-    def close(self) -> None:
-        """Write what is left and stop the workers."""
+    def end(self) -> None:
+        """Write what is left. Raises Stopped where the run was asked to stop before its last update."""
+        self.writer.wait()
+        if not self.finished:
+            kept = f"{self._path} is saved" if self.config.run.save else "--no_save: nothing is saved"
+            asked = self.preemption.asked.name if self.preemption.asked else "a signal to another process"
+            raise Stopped(
+                f"{asked}, after update {self.progress.step} of {self.config.optim.max_update}; {kept}, and the same "
+                "command (with --resume) goes on from there",
+                self.config.run.preempt_exit_code,
+            )
         measured = self._benchmark[self.config.run.num_warmup_epochs :]
         if measured:
             means = {name: sum(epoch[name] for epoch in measured) / len(measured) for name in measured[0]}
             self.logger.log("benchmark", (), means)
         elif self.config.run.num_epochs:
             log.warning("--max_update ended the run before an epoch could be measured; raise it")
+
+    def close(self) -> None:
+        """Stop workers and threads, and let go of the files; after an error, too."""
         self.train_loader.close()
+        self.writer.join()
         self.logger.close()
+        if self.lock is not None:
+            self.lock.release()
+
+    def checkpoint_bytes(self) -> int:
+        """About how large a checkpoint is."""
+        trained = sum(weight.numel() for weight in self.optimizer.master_weights().values())
+        averages = 1 if self.ema.active else 0
+        return 4 * (trained * (3 + averages) + sum(weight.numel() for weight in self.frozen_weights.values()))
+
+    @property
+    def _path(self) -> Path:
+        return checkpoint.update_path(self.config.run.output_dir, self.progress.step)
+
+    def _save_due(self, due: bool = False) -> None:
+        """Save if that is due: by updates, by the clock, because the result is the best, or because the run stops."""
+        minutes = self.config.run.save_interval_minutes
+        by_clock = minutes > 0 and self._since_save >= 60 * minutes
+        paths = [checkpoint.best_path(self.config.run.output_dir)] if self._is_best else []
+        if due or by_clock or (self._stopping and self._saved_step != self.progress.step):
+            paths.append(self._path)
+        self._is_best = False
+        if paths:
+            self.save(*paths)
+
+    def _after_saving(self, paths: Sequence[Path]) -> None:
+        """In the thread of the writer."""
+        keep = checkpoint.Retention(milestones=self.config.milestones())
+        keep.prune(self.config.run.output_dir, final=self.config.optim.max_update)
+        for path in paths:
+            log.info("saved %s", path)
+
+    def _until_asked(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Batches of validation, while no signal asks to stop."""
+        for batch in batches:
+            if self.preemption.asked is not None:
+                return
+            self.watchdog.at("validation", ids=batch.ids)
+            yield batch
 
     def _refuse_collapse(self, sums: Mapping[str, float]) -> None:
         """Stop where going on cannot help; every rank sees the same sums."""

@@ -54,5 +54,9 @@ class RunConfig:
     heartbeat_timeout: float = flag(
         20.0, "seconds without a sign of life from another process until the run ends", minimum=1.0
     )
-    hang_timeout: float = flag(1800.0, "seconds in one place until the run ends, telling where; 0 is off", minimum=0.0)
+    hang_timeout: float = flag(1200.0, "seconds in one place until the run ends, telling where; 0 is off", minimum=0.0)
     debug: bool = flag(False, "show tracebacks of errors")
+
+    def watched(self) -> dict[str, float]:
+        """The watchdog's settings."""
+        return {"heartbeat_timeout": self.heartbeat_timeout, "hang_timeout": self.hang_timeout}

@@ -6,7 +6,6 @@ from __future__ import annotations
 import gc
 import logging
 import math
-import signal
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -24,6 +23,7 @@ from common.data.sampler import VALIDATION, PlannedSubBatch, UpdateSampler
 from common.data.watch import BadFiles, Conversions, Work
 from common.errors import DataError, UserError
 from common.host_memory import give_back_freed_memory
+from common.preemption import shield_worker
 
 log = logging.getLogger(__name__)
 PREFETCH_PER_WORKER = 2
@@ -379,9 +379,9 @@ def tidy_worker(batches: int) -> None:
 
 
 def _start_worker(_: int) -> None:
-    """Leave Ctrl-C to the main process, which then ends the workers; torch itself has them end on SIGTERM.
+    """Leave signals to the main process, which ends the workers.
 
     What was inherited is kept out of garbage collections, which would write to its pages and so copy them.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    shield_worker()
     gc.freeze()

@@ -16,8 +16,31 @@ from wav2vec2.config import TRAIN_SECTIONS
 from wav2vec2.inference_config import InferenceConfig
 from wav2vec2.logging import INFERENCE_METRICS, METRICS
 
-LEAVES = ("errors", "entry", "flags", "rng", "schedules", "host_memory", "distributed", "labels")
-SERVICES = ("metrics", "logger", "checkpoint", "torch_file", "pickle_check", "precision", "optim", "ema", "data")
+LEAVES = (
+    "errors",
+    "entry",
+    "flags",
+    "rng",
+    "schedules",
+    "host_memory",
+    "distributed",
+    "labels",
+    "preemption",
+    "lock",
+    "watchdog",
+)
+SERVICES = (
+    "metrics",
+    "logger",
+    "checkpoint",
+    "checkpoint_writer",
+    "torch_file",
+    "pickle_check",
+    "precision",
+    "optim",
+    "ema",
+    "data",
+)
 BLOCKS = (
     "data_config",
     "run_config",
