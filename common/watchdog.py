@@ -12,12 +12,14 @@ import faulthandler
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -65,15 +67,7 @@ class Standing:
 
     def is_gone(self, machine: str) -> bool:
         """Whether it is on this machine, and no longer there."""
-        if self.machine != machine:
-            return False
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            return False
-        return False
+        return self.machine == machine and not _is_running(self.pid)
 
 
 @dataclass
@@ -235,9 +229,18 @@ class Watchdog:
         if not verdict:
             faulthandler.dump_traceback(sys.stderr)
         time.sleep(2 * TICK)  # one that failed by itself has its own words, and its own exit status
+        self._kill_frozen()
         self.before_end()
         sys.stdout.flush()
         os._exit(FAILED)
+
+    def _kill_frozen(self) -> None:
+        """End the silent processes of this machine: a stopped one does not hear the launcher's SIGTERM."""
+        for peer in list(self._peers.values()):
+            standing = peer.standing
+            frozen = peer.silent * TICK >= self._heartbeat_timeout and not standing.ended
+            if frozen and standing.machine == self._machine and not standing.is_gone(self._machine):
+                os.kill(standing.pid, signal.SIGKILL)
 
     def _report(self, verdict: str) -> None:
         """Say why the run ends and where all processes stand: one process of every machine does."""
@@ -264,3 +267,15 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _is_out_of_touch(error: BaseException) -> bool:
     """Whether an error says that another process cannot be reached."""
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_TOUCH)
+
+
+def _is_running(pid: int) -> bool:
+    """Whether a process of this machine lives; one that has ended and whose parent has not asked yet does not."""
+    try:
+        os.kill(pid, 0)
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user, or no such file system
+        return True
+    return status.rpartition(")")[2].split()[0] != "Z"
