@@ -119,7 +119,7 @@ class Run:
         """Do what a signal kept the run before from doing."""
         if self.progress.validation_due:
             self.validate()
-            self._save_due()
+            self._save_due(True)
 
     def next_update(self) -> list[Batch]:
         """This process's micro-batches of the next update."""
@@ -277,7 +277,7 @@ class Run:
     def end(self) -> None:
         """Write what is left. Raises Stopped where the run was asked to stop before its last update."""
         self.writer.wait()
-        if not self.finished:
+        if self.progress.validation_due or not self.finished:
             kept = f"{self._path} is saved" if self.config.run.save else "--no_save: nothing is saved"
             asked = self.preemption.asked.name if self.preemption.asked else "a signal to another process"
             raise Stopped(

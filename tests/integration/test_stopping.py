@@ -1,0 +1,148 @@
+"""A run that is asked to stop, at every point where that can happen, and what is saved when."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import MODEL_FLAGS, corpus
+
+import train
+from common import checkpoint
+from common.errors import Stopped
+from common.preemption import Preemption
+from wav2vec2 import run as run_module
+from wav2vec2.run import Run
+
+FLAGS = [*MODEL_FLAGS, "--num_workers", "0", "--device", "cpu", "--max_tokens", "40000", "--num_negatives", "10"]
+FLAGS += ["--mask_length", "3", "--lr", "0.002", "--max_update", "6", "--ema", "0.5", "--resume"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return corpus(tmp_path_factory.mktemp("corpus"), number=14)
+
+
+def run(data: Path, output: Path, *more: str) -> None:
+    train.main(["pretrain", "--data", str(data), "--output_dir", str(output), *FLAGS, *more])
+
+
+def ask_to_stop(monkeypatch, name: str, at: int) -> None:
+    """Send SIGTERM while Run's method `name` does its work for the update `at`."""
+    real = getattr(Run, name)
+
+    def asked(self: Run, *args, **kwargs):
+        if self.progress.step == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while self.preemption.asked is None:
+                time.sleep(0.001)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Run, name, asked)
+
+
+def everything(folder: Path, name: str = "wav2vec2_update6.pt") -> dict:
+    return checkpoint.load(folder / name)
+
+
+def assert_same_state(found: dict, expected: dict) -> None:
+    for name in ("model", "ema"):
+        assert all(torch.equal(found[name][key], value) for key, value in expected[name].items())
+    for key, entry in expected["optimizer"].items():
+        assert all(
+            torch.equal(torch.as_tensor(found["optimizer"][key][n]), torch.as_tensor(v)) for n, v in entry.items()
+        )
+    for name in ("loader", "progress"):
+        assert found[name] == expected[name]
+
+
+# Updates 4 and 6 are validated here; 6 is the last
+@pytest.mark.parametrize(
+    ("method", "at", "stands_at"),
+    [("set_step", 2, 3), ("next_update", 3, 4), ("validate", 4, 4), ("validate", 6, 6), ("save", 5, 6)],
+)
+def test_it_stops_after_the_update_and_goes_on_as_if_nothing_had_been(
+    data, tmp_path, monkeypatch, method, at, stands_at
+):
+    often = ("--validate_interval_updates", "4", "--validate_frequency", "1000", "--save_interval_updates", "5")
+    run(data, tmp_path / "straight", *often)
+    ended = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        ask_to_stop(patch, method, at)
+        message = f"SIGTERM, after update {stands_at} of 6; .*update{stands_at}.pt is saved"
+        with pytest.raises(Stopped, match=message) as told:  # at 6 it lacks the validation
+            run(data, ended, *often)
+        assert told.value.exit_status == 75
+    assert checkpoint.update_paths(ended)[0].name == f"wav2vec2_update{stands_at}.pt"
+    run(data, ended, *often)
+    assert_same_state(everything(ended), everything(tmp_path / "straight"))
+    best = [everything(folder, "wav2vec2_best.pt") for folder in (ended, tmp_path / "straight")]
+    assert best[0]["progress"]["best"] == best[1]["progress"]["best"]
+    assert all(torch.equal(best[0]["ema"][name], value) for name, value in best[1]["ema"].items())
+
+
+def test_a_run_that_does_not_save_says_so(data, tmp_path, monkeypatch):
+    ask_to_stop(monkeypatch, "set_step", 2)
+    with pytest.raises(Stopped, match="--no_save: nothing is saved") as told:
+        train.main(["pretrain", "--data", str(data), "--output_dir", str(tmp_path), *FLAGS[:-1], "--no_save",
+                    "--preempt_exit_code", "9"])  # fmt: skip
+    assert told.value.exit_status == 9
+
+
+def test_minutes_between_checkpoints_count_from_the_last_one(data, tmp_path, monkeypatch):
+    """With a clock of 40 s per update and one minute, every second update is saved: at 2 and 4; 6 is the last."""
+    now, saved = [0.0], []
+    monkeypatch.setattr(run_module.time, "perf_counter", lambda: now[0])
+    real_update, real_save = Run.after_update, Run.save
+
+    def slow(self: Run, updated: bool) -> None:
+        now[0] += 40
+        real_update(self, updated)
+
+    def noted(self: Run, *paths: Path) -> None:
+        saved.append((self.progress.step, [path.name for path in paths]))
+        real_save(self, *paths)
+
+    monkeypatch.setattr(Run, "after_update", slow)
+    monkeypatch.setattr(Run, "save", noted)
+    rare = ("--validate_frequency", "1000", "--save_frequency", "1000", "--keep_milestones", "100")
+    run(data, tmp_path, *rare, "--log_frequency", "1", "--save_interval_minutes", "1")
+    steps = [step for step, _ in saved]
+    assert steps == [2, 4, 6]
+    assert saved[-1][1] == ["wav2vec2_best.pt", "wav2vec2_update6.pt"]  # one copy of the state for both
+
+
+def test_all_that_is_due_at_once_is_copied_once(data, tmp_path, monkeypatch):
+    copies, real = [], checkpoint.snapshot
+    monkeypatch.setattr(checkpoint, "snapshot", lambda state: copies.append(1) or real(state))
+    run(data, tmp_path, "--validate_frequency", "1000", "--save_frequency", "1000", "--keep_milestones", "100")
+    assert len(copies) == 1
+    assert {path.name for path in tmp_path.glob("*.pt")} == {"wav2vec2_best.pt", "wav2vec2_update6.pt"}
+
+
+def test_training_does_not_wait_for_the_disk(data, tmp_path, monkeypatch):
+    """While a checkpoint is being written updates go on; the next one waits."""
+    seen, steps = [], []
+    real_save, real_step = checkpoint.save, Run.set_step
+
+    def slow(path, content):
+        start = len(steps)
+        deadline = time.monotonic() + 30
+        while len(steps) == start and content["progress"]["step"] < 6 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        seen.append((content["progress"]["step"], len(steps) - start))
+        real_save(path, content)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    monkeypatch.setattr(Run, "set_step", lambda self, step: steps.append(step) or real_step(self, step))
+    run(data, tmp_path, "--validate_frequency", "1000", "--save_frequency", "1000", "--keep_milestones", "2", "4")
+    assert [step for step, _ in seen if step < 6] == [2, 4]
+    assert all(updates >= 1 for step, updates in seen if step < 6)
+
+
+def test_a_preemption_that_is_not_entered_notices_nothing():
+    assert not Preemption().agreed(torch.device("cpu"))
