@@ -25,7 +25,7 @@ from types import TracebackType
 import torch
 
 from common import distributed
-from common.errors import Stopped, TrainingError, UserError, one_line
+from common.errors import Stopped, TrainingError, UserError, killed_worker, one_line
 
 log = logging.getLogger(__name__)
 
@@ -116,8 +116,9 @@ class Watchdog:
                 "--update_freq, or add --checkpoint_activations"
             )
             told.where = f"{self._own().process}: {self._own().place}"
-        elif error is not None and self._has_peers and _is_out_of_touch(error):
-            verdict = self._wait_for_verdict()
+        elif isinstance(error, RuntimeError):
+            told = killed_worker(error) or error
+            verdict = self._wait_for_verdict() if self._has_peers and _is_out_of_touch(error) else ""
         self._ended, self._at_fault = told is None, not verdict
         self._failure = "" if told is None else one_line(verdict or told) or type(told).__name__
         self._closing.set()
@@ -264,9 +265,9 @@ def _is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _is_out_of_touch(error: BaseException) -> bool:
+def _is_out_of_touch(error: RuntimeError) -> bool:
     """Whether an error says that another process cannot be reached."""
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_TOUCH)
+    return any(sign in str(error) for sign in _OUT_OF_TOUCH)
 
 
 def _is_running(pid: int) -> bool:

@@ -47,8 +47,12 @@ add_switch_off save SAVE
 if [ -z "${SAVE:-}" ] || is_true SAVE; then
     add save_frequency SAVE_FREQUENCY
     add save_interval_updates SAVE_INTERVAL_UPDATES
+    add save_interval_minutes SAVE_INTERVAL_MINUTES
     add_list keep_milestones KEEP_MILESTONES
 fi
+add preempt_exit_code PREEMPT_EXIT_CODE
+add heartbeat_timeout HEARTBEAT_TIMEOUT
+add hang_timeout HANG_TIMEOUT
 add validate_frequency VALIDATE_FREQUENCY
 add validate_interval_updates VALIDATE_INTERVAL_UPDATES
 add log_frequency LOG_FREQUENCY

@@ -130,7 +130,8 @@ def _check_effects(config: Config, explicit: Collection[str]) -> None:
         ("feature_projection", channels == width, "where --encoder_embed_dim is the width of the last conv block"),
         ("encoder_layers", not config.model.hourglass_transformer, "without --hourglass_transformer"),
         ("hourglass_resample", bool(config.model.hourglass_transformer), "with --hourglass_transformer"),
-        *((name, *save) for name in ("save_frequency", "save_interval_updates", "keep_milestones")),
+        *((name, *save) for name in ("save_frequency", "save_interval_updates", "save_interval_minutes")),
+        ("keep_milestones", *save),
         ("blank_mode", config.ctc.blank_weight != 0, "with --blank_weight"),
         ("num_warmup_epochs", config.run.num_epochs > config.run.num_warmup_epochs, "with a larger --num_epochs"),
     ]

@@ -21,7 +21,7 @@ from common.data.collate import Batch, Collator, FileNews
 from common.data.dataset import Sample, SpeechDataset
 from common.data.sampler import VALIDATION, PlannedSubBatch, UpdateSampler
 from common.data.watch import BadFiles, Conversions, Work
-from common.errors import DataError, UserError
+from common.errors import DataError, UserError, killed_worker
 from common.host_memory import give_back_freed_memory
 from common.preemption import shield_worker
 
@@ -349,12 +349,10 @@ def _living(loader: DataLoader) -> Iterator[Any]:
     try:
         yield from loader
     except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+        killed = killed_worker(error, f"--num_workers {loader.num_workers}")
+        if killed is None:
             raise
-        raise DataError(
-            f"--num_workers {loader.num_workers}: a process that reads audio was killed, most often because memory or "
-            "/dev/shm was full; use fewer, or smaller batches"
-        ) from None
+        raise killed from None
 
 
 def _worker_options(num_workers: int) -> dict[str, Any]:
