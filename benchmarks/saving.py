@@ -8,8 +8,8 @@ does it, which copies it to host memory. A training step is timed alone and whil
 
     bytes                       of a checkpoint
     seconds                     {waiting, beside, written, copy_rate}: each {median, quartiles}; `waiting` is how long
-                                training would wait for the disk, `beside` how long it waits for the copy, `written` until
-                                that is on the disk, `copy_rate` in bytes per second
+                                training would wait for the disk, `beside` how long it waits for the copy,
+                                `written` until that is on the disk, `copy_rate` in bytes per second
     step                        {alone, while_writing, ratio}: seconds of a training step, and what the thread costs it
     setting                     size, device, repetitions
     hardware, versions, commit, command
