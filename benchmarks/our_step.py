@@ -17,6 +17,7 @@ from benchmarks.workload import SyntheticBatch, Workload
 from common import distributed
 from common.data.loader import TrainLoader
 from common.ema import Ema
+from common.labels import Dictionary
 from common.precision import to_half
 from wav2vec2.build import HALF, build_model, build_optimizer, build_task, compile_regions, fp32_modules, trunk
 from wav2vec2.config import Config
@@ -25,9 +26,14 @@ from wav2vec2.run import Run
 from wav2vec2.task import PretrainTask
 
 
-def bare_run(recipe: Config, device: torch.device, loader: TrainLoader | None = None) -> Run:
-    """A run of pre-training as build_run makes it, with fresh weights, that writes nothing; it may have data."""
-    model = build_model(recipe, None)
+def bare_run(
+    recipe: Config, device: torch.device, loader: TrainLoader | None = None, dictionary: Dictionary | None = None
+) -> Run:
+    """A run as build_run makes it, with fresh weights, that writes nothing; it may have data.
+
+    Fine-tuning needs a dictionary.
+    """
+    model = build_model(recipe, dictionary)
     trunk(model).encoder.checkpoint_activations = recipe.run.checkpoint_activations
     if recipe.precision.o2:
         to_half(model, HALF[recipe.precision.name], fp32_modules(model, recipe.precision.kept_in_fp32()))
@@ -46,7 +52,7 @@ def bare_run(recipe: Config, device: torch.device, loader: TrainLoader | None = 
         ema=Ema(recipe.optim.ema, optimizer.master_weights()),
         train_loader=nothing if loader is None else loader,
         valid_loader=nothing,
-        dictionary=None,
+        dictionary=dictionary,
         logger=nothing,
         frozen_weights={},
     )

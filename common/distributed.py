@@ -216,6 +216,11 @@ def local_processes() -> int:
     return _environment_number("LOCAL_WORLD_SIZE", 1)
 
 
+def omp_threads() -> str:
+    """OMP_NUM_THREADS as it is set, else nothing."""
+    return os.environ.get("OMP_NUM_THREADS", "")
+
+
 def usable_cores() -> int:
     """Cores this process may run on (fewer than the machine has in a container or under a scheduler)."""
     if hasattr(os, "sched_getaffinity"):

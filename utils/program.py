@@ -11,12 +11,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from common import entry
 from common.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -78,6 +79,8 @@ def _remedy(error: OSError) -> str:
 
 def bar(items: Iterable[Any] | None = None, **options: Any) -> tqdm:  # noqa: ANN401 - handed on to tqdm as it is
     """A progress bar on stderr, off when stderr is no terminal."""
+    from tqdm import tqdm  # only here: a tool that says what is missing must start without it
+
     return tqdm(items, disable=not sys.stderr.isatty(), **options)
 
 
