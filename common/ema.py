@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from common.errors import CheckpointError, ConfigError
 from common.optim import check_names, check_shapes
+from common.sharding import assign, local
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class Ema:
             if self.active
             else {}
         )
+        self._shares = [local(average) for average in self._average.values()]
 
     @property
     def active(self) -> bool:
@@ -43,8 +45,8 @@ class Ema:
     def update(self, weights: Mapping[str, Tensor]) -> None:
         """Move the average towards `weights`."""
         if self.active:
-            new = [weights[name].to(average.dtype) for name, average in self._average.items()]
-            torch._foreach_lerp_(list(self._average.values()), new, 1 - self._decay)
+            new = [local(weights[name]).to(average.dtype) for name, average in self._average.items()]
+            torch._foreach_lerp_(self._shares, new, 1 - self._decay)
 
     @contextmanager
     def swapped_in(self, module: nn.Module) -> Iterator[None]:
@@ -53,10 +55,10 @@ class Ema:
             yield
             return
         named: dict[str, Tensor] = dict(module.named_parameters())
-        parameters = [named[name] for name in self._average]
+        parameters = [local(named[name].detach()) for name in self._average]
         with torch.no_grad():
             own = [parameter.clone() for parameter in parameters]
-            torch._foreach_copy_(parameters, list(self._average.values()))
+            torch._foreach_copy_(parameters, self._shares)
         try:
             yield
         finally:
@@ -90,7 +92,7 @@ class Ema:
         check_names("averaged weights", state, self._average)
         check_shapes("averaged weights", state, self._average)
         for name, average in self._average.items():
-            average.copy_(state[name])
+            assign(average, state[name])
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from common.errors import CheckpointError
+from common.sharding import assign, local
 
 # Group name -> (parameter name, parameter), in the order of the module.
 Groups = Mapping[str, Sequence[tuple[str, Tensor]]]
@@ -31,11 +32,14 @@ class _Group:
 
     def __init__(self, parameters: Sequence[tuple[str, Tensor]]) -> None:
         self.names = [name for name, _ in parameters]
-        self.parameters = [tensor for _, tensor in parameters]
+        self.parameters = [tensor.detach() for _, tensor in parameters]
         # Made here and not in the first step, so that a checkpoint always holds every parameter.
         self.exp_avgs = [torch.zeros_like(tensor) for tensor in self.parameters]
         self.exp_avg_sqs = [torch.zeros_like(tensor) for tensor in self.parameters]
         self.steps = [torch.zeros((), dtype=torch.float32, device=tensor.device) for tensor in self.parameters]
+        # What the kernel works on: of sharded tensors the shares of this process.
+        kinds = self.parameters, self.exp_avgs, self.exp_avg_sqs
+        self.shares = [[local(tensor) for tensor in kind] for kind in kinds]
         self.updates = 0
 
 
@@ -63,17 +67,19 @@ class Adam:
     def step(self, lr: float, gradients: Mapping[str, Sequence[Tensor]], divisor: Tensor | None = None) -> None:
         """One update of the groups in `gradients`; the others keep weights, moments and step count.
 
-        Gradients are laid out in memory like their parameters, as autograd gives them: the kernel goes by place.
+        Gradients are laid out in memory like their parameters, as autograd gives them: the kernel goes by place. Of
+        sharded parameters they are the shares of this process.
         `divisor`: a float32 number on the device, by which the kernel divides all gradients (clipping, loss scale).
         """
         for key, of_group in gradients.items():
             group = self._groups[key]
             group.updates += 1
+            parameters, exp_avgs, exp_avg_sqs = group.shares
             adamw(
-                group.parameters,
+                parameters,
                 list(of_group),
-                group.exp_avgs,
-                group.exp_avg_sqs,
+                exp_avgs,
+                exp_avg_sqs,
                 [],
                 group.steps,
                 fused=True,
@@ -117,8 +123,8 @@ class Adam:
                 for name, exp_avg, exp_avg_sq, step in zip(
                     group.names, group.exp_avgs, group.exp_avg_sqs, group.steps, strict=True
                 ):
-                    exp_avg.copy_(state[name]["exp_avg"])
-                    exp_avg_sq.copy_(state[name]["exp_avg_sq"])
+                    assign(exp_avg, state[name]["exp_avg"])
+                    assign(exp_avg_sq, state[name]["exp_avg_sq"])
                     step.fill_(group.updates)
 
 

@@ -15,8 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from common import distributed
 from common.errors import TrainingError
 from common.optim import Adam, check_names, check_shapes
+from common.sharding import assign, is_sharded, local
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -134,17 +136,20 @@ class _Weight:
         self.name = name
         self.parameter = parameter
         self.is_copy = parameter.dtype in HALF
+        self.is_sharded = is_sharded(parameter)
         self.master = parameter.detach().float() if self.is_copy else parameter
         self._buffer = torch.empty_like(self.master) if self.is_copy else None
 
     @property
     def model_gradient(self) -> Tensor:
-        """What backward left, in the precision of the model."""
-        if self.parameter.grad is None:
-            raise RuntimeError(
-                f"{self.name}: no gradient; freeze its group, or let it take part in the loss (0 * its sum will do)"
-            )
-        return self.parameter.grad
+        """What backward left, in the precision of the model; of a sharded parameter this process's share."""
+        if self.parameter.grad is not None:
+            return local(self.parameter.grad) if self.is_sharded else self.parameter.grad
+        if self.is_sharded:  # nobody waits for it, so a part that is left out is not touched
+            return torch.zeros_like(local(self.parameter))
+        raise RuntimeError(
+            f"{self.name}: no gradient; freeze its group, or let it take part in the loss (0 * its sum will do)"
+        )
 
     @property
     def gradient(self) -> Tensor:
@@ -157,6 +162,7 @@ class MixedPrecisionOptimizer:
 
     A parameter in fp32 or fp64 is its own master; one in fp16 or bf16 gets an fp32 copy that is updated and then
     rounded back into the model. No step waits for the device, except that fp16 reads one number: the norm.
+    Of sharded parameters (common/sharding.py) every process updates its shares; weights and moments are sharded, too.
     """
 
     def __init__(
@@ -181,6 +187,8 @@ class MixedPrecisionOptimizer:
             eps=eps,
             weight_decay=weight_decay,
         )
+        self._masters = {weight.name: weight.master.detach() for weight in self._all()}
+        self._sharded = any(weight.is_sharded for weight in self._all())
         self._frozen: frozenset[str] = frozenset()
         self._norm: Tensor | None = None
         self._divisor: Tensor | None = None  # what the update divides the gradients by
@@ -217,7 +225,10 @@ class MixedPrecisionOptimizer:
             The L2 norm of all unscaled gradients before clipping, () on the device.
         """
         norms = torch.stack(torch._foreach_norm(self._collect_gradients()))
-        self._norm = torch.linalg.vector_norm(norms) / self.loss_scale
+        norm = torch.linalg.vector_norm(norms)
+        if self._sharded:
+            norm = distributed.sum_across_ranks(norm.double().square(), norm.device).sqrt().to(norm.dtype)
+        self._norm = norm / self.loss_scale
         if max_norm > 0:
             self._divisor = ((self._norm + 1e-6) / max_norm).clamp(min=1.0).float() * self.loss_scale
         elif self.scaler:
@@ -251,7 +262,7 @@ class MixedPrecisionOptimizer:
 
     def master_weights(self) -> dict[str, Tensor]:
         """Parameter name -> weight in full precision (shared with the optimizer, not copied)."""
-        return {weight.name: weight.master.detach() for weight in self._all()}
+        return dict(self._masters)
 
     @torch.no_grad()
     def load_master(self, weights: Mapping[str, Tensor]) -> None:
@@ -265,7 +276,7 @@ class MixedPrecisionOptimizer:
         check_names("model weights", found, masters)
         check_shapes("model weights", found, masters)
         for name, master in masters.items():
-            master.copy_(found[name])
+            assign(master, found[name])
         self._round_into_model(self._all())
 
     def state_dict(self) -> dict[str, dict[str, Any]]:

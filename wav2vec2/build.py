@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common import checkpoint, distributed, flags, rng
+from common import checkpoint, distributed, flags, rng, sharding
 from common.ema import Ema
 from common.errors import ConfigError
 from common.labels import Dictionary
@@ -65,16 +65,21 @@ def build_run(
     start.fill(model)
     _freeze_idle(model, config)
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
-    o2 = config.precision.o2
+    sharded = _is_sharded(config)
+    o2 = config.precision.o2 and not sharded
     master = {name: parameter.detach().float().clone() for name, parameter in model.named_parameters() if o2}
     if o2:
         to_half(model, HALF[config.precision.name], fp32_modules(model, config.precision.kept_in_fp32()))
-    task = build_task(config, model).to(device)
+    task = build_task(config, model)
     if config.run.cuda_graphs and device.type != "cuda":
         raise ConfigError("--cuda_graphs: needs a GPU, and the run is on the CPU; drop it")
     if config.run.compile:
         compile_regions(task, cuda_graphs=config.run.cuda_graphs)
-    engine = distributed.wrap(task, device, bucket_cap_mb=config.run.bucket_cap_mb)
+    engine = (
+        shard_task(config, task, device)
+        if sharded
+        else distributed.wrap(task.to(device), device, bucket_cap_mb=config.run.bucket_cap_mb)
+    )
     optimizer = build_optimizer(config, model)
     if o2:
         optimizer.load_master({name: master[name] for name in optimizer.master_weights()})
@@ -211,6 +216,32 @@ def build_task(config: Config, model: Wav2Vec2Model | Wav2Vec2Ctc) -> PretrainTa
         reference_padding=config.data.reference_padding,
         fp32_cosine=config.precision.name == "fp32" or "cosine_sim" in config.precision.kept_in_fp32(),
         amp_dtype=amp_dtype,
+    )
+
+
+def _is_sharded(config: Config) -> bool:
+    """Whether the processes split the model; one alone has nothing to split."""
+    wanted, several = config.run.parallel == "fsdp", distributed.world_size() > 1
+    if wanted and not several:
+        log.info("--parallel fsdp: there is one process, so it holds the whole model")
+    return wanted and several
+
+
+def shard_task(config: Config, task: PretrainTask | FinetuneTask, device: torch.device) -> sharding.Sharded:
+    """The task with its parameters in shards, layer by layer.
+
+    Under O2 the shares are the master weights, and a layer is gathered in half precision.
+    """
+    model, precision = task.model, config.precision
+    half = HALF[precision.name] if precision.o2 else None
+    return sharding.shard(
+        task,
+        # what is called as a whole, also in validation
+        root=task if isinstance(task, PretrainTask) else model,
+        groups=[module for module in trunk(model).encoder.modules() if isinstance(module, TransformerLayer)],
+        device=device,
+        half=half,
+        keep_fp32=fp32_modules(model, precision.kept_in_fp32()) if half else (),
     )
 
 

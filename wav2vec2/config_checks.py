@@ -51,6 +51,10 @@ def _check_speed(config: Config) -> None:
     run = config.run
     if run.cuda_graphs and not run.compile:
         raise ConfigError("--cuda_graphs: needs --compile beside it")
+    if run.parallel == "fsdp" and run.compile:
+        raise ConfigError(
+            "--parallel fsdp --compile: shards are gathered by hooks that compiled parts would not call; drop one"
+        )
     if run.cuda_graphs and config.dropout.encoder_layerdrop:
         raise ConfigError("--cuda_graphs: every choice of LayerDrop would be a graph; set --encoder_layerdrop 0")
 
@@ -133,6 +137,7 @@ def _check_effects(config: Config, explicit: Collection[str]) -> None:
         *((name, *save) for name in ("save_frequency", "save_interval_updates", "save_interval_minutes")),
         ("keep_milestones", *save),
         ("blank_mode", config.ctc.blank_weight != 0, "with --blank_weight"),
+        ("bucket_cap_mb", config.run.parallel == "ddp", "with --parallel ddp"),
         ("num_warmup_epochs", config.run.num_epochs > config.run.num_warmup_epochs, "with a larger --num_epochs"),
     ]
     for kind, spans in (("mask", mask.of_time()), ("mask_channel", mask.of_channels())):

@@ -10,6 +10,7 @@ import torch
 from common.data.collate import Batch, present
 from common.labels import Dictionary
 from common.metrics import Metrics
+from common.sharding import in_step
 from wav2vec2 import decoding
 from wav2vec2.logging import REDUCTIONS, summarize
 from wav2vec2.task import FinetuneTask, PretrainTask
@@ -28,16 +29,16 @@ def evaluate(
     training = task.training
     task.eval()
     count = torch.ones((), device=device)
-    for batch in batches:
+    for batch, counts in in_step(task, batches):
         moved = batch.to(device)
         if isinstance(task, PretrainTask):
             _, stats = task(moved, count)
-            metrics.add(stats)
         else:
             _, stats, logits_BTK = task.losses(moved)
-            metrics.add(stats)
             ids, blanks = decoding.greedy(logits_BTK, batch.frame_lengths)
-            metrics.add({"blank_frames": float(blanks), **score(batch, ids, present(dictionary))})
+            stats |= {"blank_frames": float(blanks), **score(batch, ids, present(dictionary))}
+        if counts:
+            metrics.add(stats)
     task.train(training)
     sums = metrics.reduce(device)
     return summarize(

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.sharding import is_sharded
+
 
 class ScaleGradient(torch.autograd.Function):
     """Identity whose gradient is multiplied by a constant."""
@@ -25,6 +27,10 @@ class ScaleGradient(torch.autograd.Function):
 
 
 def touch(x: Tensor, module: nn.Module) -> Tensor:
-    """x, with every parameter of the module in its graph, at gradient 0: plain DDP waits for all of them."""
-    zero = sum(parameter.flatten()[0] * 0 for parameter in module.parameters() if parameter.requires_grad)
+    """x, with every parameter of the module in its graph, at gradient 0: plain DDP waits for all of them.
+
+    Nobody waits for those that are in shards.
+    """
+    waited_for = [p for p in module.parameters() if p.requires_grad and not is_sharded(p)]
+    zero = sum(parameter.flatten()[0] * 0 for parameter in waited_for)
     return x + zero.to(x.dtype) if isinstance(zero, Tensor) else x

@@ -68,7 +68,7 @@ class ConvBlock(nn.Module):
         conv = self.conv
         if isinstance(self.norm, ChannelNorm):
             x_BRC = normed_first_conv(
-                *(audio_BS, conv.weight, conv.bias, self.norm.weight, self.norm.bias),
+                *(audio_BS, conv.weight, conv.bias, *self.norm()),
                 stride=conv.stride[0],
                 lengths_B=lengths_B,
                 eps=self.norm.eps,

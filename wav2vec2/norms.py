@@ -26,6 +26,13 @@ class ChannelNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
         self.eps = 1e-5
 
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Gain and shift [C]. Sharded weights are gathered when their module is called.
+
+        Views, because hooks are hung on what a module gives, and on a parameter they would pile up.
+        """
+        return self.weight.view_as(self.weight), self.bias.view_as(self.bias)
+
 
 def valid_positions(lengths_B: Tensor, size: int) -> Tensor:
     """True [B, size] where a row is not padding."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from common import checkpoint, distributed, flags
+from common import checkpoint, distributed, flags, sharding
 from common.checkpoint_writer import CheckpointWriter
 from common.data.collate import Batch
 from common.data.loader import UpdateLoader, ValidLoader
@@ -214,7 +214,8 @@ class Run:
         self.log()  # so that no checkpoint of a run that has gone wrong replaces a good one
         if self.config.run.save:
             self.watchdog.at("saving")
-            state = self.state_dict(self.train_loader.state_dict())  # a stream asks all processes for its position
+            position = self.train_loader.state_dict()  # a stream asks all processes for it
+            state = sharding.gathered(self.state_dict(position))  # and so do shards
             if distributed.is_main():
                 self.writer.save(paths, state, lambda: self._after_saving(paths))
             self._saved_step = self.progress.step

@@ -42,6 +42,12 @@ class RunConfig:
     log_frequency: int = flag(10, "updates between lines of the log", minimum=1)
     num_epochs: int = flag(0, "stop after this many epochs, for benchmarks; 0 trains to --max_update", minimum=0)
     num_warmup_epochs: int = flag(0, "epochs left out of the benchmark's averages", minimum=0)
+    parallel: str = flag(
+        "ddp",
+        "what several processes share: 'ddp' the work, 'fsdp' also weights, gradients and optimizer state, for models "
+        "that do not fit one device",
+        choices=("ddp", "fsdp"),
+    )
     bucket_cap_mb: int = flag(25, "size of DDP's gradient buckets in MiB", minimum=1)
     compile: bool = flag(False, "compile conv blocks, transformer layers and contrastive logits with torch.compile")
     cuda_graphs: bool = flag(False, "with --compile: replay the compiled parts as CUDA graphs; for equal lengths")

@@ -39,6 +39,7 @@ SERVICES = (
     "precision",
     "optim",
     "ema",
+    "sharding",
     "data",
 )
 BLOCKS = (

@@ -112,6 +112,8 @@ def test_compiled_parts_give_the_same_run_with_few_compilations(data, tmp_path, 
     ("flags", "message"),
     [
         (("--cuda_graphs",), "--cuda_graphs: needs --compile"),
+        (("--parallel", "fsdp", "--compile"), "--parallel fsdp --compile: .* drop one"),
+        (("--parallel", "fsdp", "--bucket_cap_mb", "5"), "--bucket_cap_mb: .* --parallel ddp"),
         (("--cuda_graphs", "--compile"), "--cuda_graphs: needs a GPU"),
     ],
 )
