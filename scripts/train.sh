@@ -69,6 +69,7 @@ fi
 add_switch compile COMPILE
 add_switch cuda_graphs CUDA_GRAPHS
 add_switch checkpoint_activations CHECKPOINT_ACTIVATIONS
+add parallel PARALLEL
 add bucket_cap_mb BUCKET_CAP_MB
 
 # Data

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
 # TEST_BASH names another bash to test with, such as macOS's 3.2
 BASH = os.environ.get("TEST_BASH") or shutil.which("bash") or "bash"
-PRETRAIN = ["pretrain_base", "pretrain_large", "pretrain_tiny", "pretrain_base_benchmark"]
+PRETRAIN = [f"pretrain_{name}" for name in ("base", "large", "xlsr_1b", "xlsr_2b", "tiny", "base_benchmark")]
 FINETUNE = [
     *(f"finetune_base_{hours}" for hours in ("1h", "10h", "100h", "960h", "benchmark")),
     *(f"finetune_vox_{hours}" for hours in ("100h", "960h", "960h_cv")),
@@ -267,6 +267,29 @@ PUBLISHED: dict[str, dict[str, object]] = {
         "data.update_freq": 128,
         "data.max_tokens": 1200000,
         "data.max_sample_size": 320000,
+    },
+    "pretrain_xlsr_1b": {
+        "model.encoder_layers": 48,
+        "model.encoder_embed_dim": 1280,
+        "model.encoder_ffn_embed_dim": 5120,
+        "model.encoder_attention_heads": 16,
+        "model.target_dim": 1024,
+        "model.extractor_mode": "layer_norm",
+        "model.conv_bias": True,
+        "model.normalize": True,
+        "model.layer_norm_first": True,
+        "data.max_sample_size": 320000,
+        "run.parallel": "fsdp",
+        "run.checkpoint_activations": True,
+        "precision.bf16": True,
+    },
+    "pretrain_xlsr_2b": {
+        "model.encoder_layers": 48,
+        "model.encoder_embed_dim": 1920,
+        "model.encoder_ffn_embed_dim": 7680,
+        "model.encoder_attention_heads": 16,
+        "model.target_dim": 1024,
+        "run.parallel": "fsdp",
     },
     "finetune_base_10h": {"dropout.encoder_layerdrop": 0.05, "ctc.freeze_finetune_updates": 10000},
     "finetune_base_1h": {"mask.mask_prob": 0.65, "mask.mask_channel_prob": 0.25},
@@ -519,6 +542,7 @@ def test_speed_and_memory_are_set_by_variables(config):
     for preset in ("pretrain_base", "finetune_base_960h"):
         run = config(preset).run
         assert (run.compile, run.cuda_graphs, run.checkpoint_activations) == (False, False, False)
+        assert (run.parallel, config(preset, PARALLEL="fsdp").run.parallel) == ("ddp", "fsdp")
     chosen = {"COMPILE": "true", "CHECKPOINT_ACTIVATIONS": "true", "BUCKET_CAP_MB": "7"}
     run = config("pretrain_base", **chosen).run
     assert (run.compile, run.cuda_graphs, run.checkpoint_activations, run.bucket_cap_mb) == (True, False, True, 7)

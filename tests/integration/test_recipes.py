@@ -55,6 +55,12 @@ def pretrained(data, tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.mark.slow
+def test_the_large_models_train_in_shards(data, tmp_path):
+    recipe("pretrain_xlsr_2b.sh", tmp_path, data, OUTPUT_DIR="out", NUM_GPUS="2")
+    assert (tmp_path / "out/wav2vec2_update2.pt").is_file()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
