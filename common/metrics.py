@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal, get_args
 
 import torch
@@ -45,6 +45,10 @@ class Metrics:
             else:
                 self._add_number(name, float(value))
             self._counts[name] = self._counts.get(name, 0) + 1
+
+    def so_far(self, names: Collection[str]) -> dict[str, Tensor]:
+        """What the tensors of these metrics add up to in this process; neither read, nor changed by a later add()."""
+        return {name: self._tensors[name] for name in names if name in self._tensors}
 
     def reduce(self, device: torch.device | str) -> dict[str, float]:
         """Combine over all ranks, read the result once and start anew; every rank must call it.

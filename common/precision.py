@@ -279,6 +279,12 @@ class MixedPrecisionOptimizer:
             assign(master, found[name])
         self._round_into_model(self._all())
 
+    @torch.no_grad()
+    def weight_norm(self) -> Tensor:
+        """The L2 norm of this process's master weights or shares of them, () on the device: finite if they all are."""
+        own = [local(weight.master) if weight.is_sharded else weight.master for weight in self._all()]
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(own)))
+
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Parameter name -> exp_avg, exp_avg_sq, step; weights and scaler are saved by their own names."""
         return self._adam.state_dict()

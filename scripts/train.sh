@@ -56,6 +56,8 @@ add hang_timeout HANG_TIMEOUT
 add validate_frequency VALIDATE_FREQUENCY
 add validate_interval_updates VALIDATE_INTERVAL_UPDATES
 add log_frequency LOG_FREQUENCY
+add health HEALTH
+add on_nan ON_NAN
 if [ -n "${NUM_EPOCHS:-}" ]; then
     # NUM_EPOCHS are those that are measured, --num_epochs are all
     require_count NUM_EPOCHS

@@ -21,6 +21,7 @@ TITLES = {
     "shards": "tar shards and streams",
     "optim": "optimizer and learning rate",
     "precision": "precision",
+    "health": "health",
     "run": "run",
 }
 

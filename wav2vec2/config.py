@@ -12,6 +12,7 @@ from common.checkpoint import default_milestones
 from common.errors import ConfigError, one_line
 from common.flags import flag
 from wav2vec2.data_config import FINETUNE, PRETRAIN, DataConfig, ShardConfig
+from wav2vec2.health_config import HealthConfig
 from wav2vec2.run_config import RunConfig
 
 # A checkpoint says how large a model is to be made: no more than this, whoever wrote it.
@@ -375,6 +376,7 @@ class Config:
     shards: ShardConfig = field(default_factory=ShardConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def milestones(self) -> tuple[int, ...]:
@@ -394,5 +396,6 @@ TRAIN_SECTIONS = {
     "shards": ShardConfig,
     "optim": OptimConfig,
     "precision": PrecisionConfig,
+    "health": HealthConfig,
     "run": RunConfig,
 }

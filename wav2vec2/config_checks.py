@@ -11,9 +11,11 @@ from common.errors import ConfigError
 from common.schedules import make_schedule
 from wav2vec2.config import FP32_OPS, Config, ModelConfig, PrecisionConfig
 from wav2vec2.data_checks import check_data
+from wav2vec2.health_config import HealthConfig
 from wav2vec2.inference_config import InferenceConfig
 
 _ARCHITECTURE = tuple(ModelConfig.__dataclass_fields__)
+_RULES = tuple(name for name in HealthConfig.__dataclass_fields__ if name not in ("health", "on_nan"))
 
 
 def check_train_config(config: Config, explicit: Collection[str]) -> None:
@@ -138,6 +140,9 @@ def _check_effects(config: Config, explicit: Collection[str]) -> None:
         ("keep_milestones", *save),
         ("blank_mode", config.ctc.blank_weight != 0, "with --blank_weight"),
         ("bucket_cap_mb", config.run.parallel == "ddp", "with --parallel ddp"),
+        *((name, config.health.health != "off", "without --health off") for name in _RULES),
+        ("min_code_share", config.model.quantize_targets, "with a quantizer"),
+        ("max_overflows", config.precision.fp16, "with --fp16"),
         ("num_warmup_epochs", config.run.num_epochs > config.run.num_warmup_epochs, "with a larger --num_epochs"),
     ]
     for kind, spans in (("mask", mask.of_time()), ("mask_channel", mask.of_channels())):

@@ -47,7 +47,7 @@ def evaluate(
 
 
 def score(batch: Batch, ids: list[list[int]], dictionary: Dictionary) -> dict[str, float]:
-    """Letter and word errors of one batch."""
+    """Letter and word errors of one batch, and how many letters were written."""
     labels = [
         row[:length]
         for row, length in zip(present(batch.labels_BL).tolist(), present(batch.label_lengths), strict=True)
@@ -60,6 +60,7 @@ def score(batch: Batch, ids: list[list[int]], dictionary: Dictionary) -> dict[st
         "c_total": float(c_total),
         "w_errors": float(w_errors),
         "w_total": float(w_total),
+        "emitted": float(sum(map(len, ids))),
     }
 
 

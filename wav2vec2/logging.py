@@ -25,6 +25,7 @@ METRICS: dict[str, MetricInfo] = {
     "uer": MetricInfo("%", ".2f", "unit (letter) error rate, greedy decoding"),
     "wer": MetricInfo("%", ".2f", "word error rate, greedy decoding"),
     "blank_share": MetricInfo("", ".3f", "share of frames whose best symbol is the blank"),
+    "length_ratio": MetricInfo("", ".3f", "letters written per letter of the reference, greedy decoding"),
     "lr": MetricInfo("", ".3e", "learning rate"),
     "grad_norm": MetricInfo("", ".3f", "norm of the gradient before clipping, mean over updates"),
     "loss_scale": MetricInfo("", "g", "loss scale of fp16"),
@@ -61,11 +62,12 @@ INFERENCE_METRICS: dict[str, MetricInfo] = {
 SUMS: tuple[str, ...] = (
     *("loss", "loss_0", "loss_1", "loss_2", "correct", "prob_perplexity", "code_perplexity"),
     *("ntokens", "nsentences", "nframes", "nsamples"),
-    *("c_errors", "c_total", "w_errors", "w_total", "blank_frames"),
+    *("c_errors", "c_total", "w_errors", "w_total", "emitted", "blank_frames"),
 )
 REDUCTIONS: dict[str, Reduction] = {
     **dict.fromkeys(SUMS, "sum"),
     "grad_norm": "mean",
+    "weight_norm": "mean",
     "data_wait": "max",
     "since_save": "max",
 }
@@ -85,6 +87,7 @@ def summarize(sums: Mapping[str, float], mode: str) -> dict[str, float]:
         if "c_errors" in sums:
             values["uer"] = 100 * sums["c_errors"] / max(sums["c_total"], 1.0)
             values["wer"] = 100 * sums["w_errors"] / max(sums["w_total"], 1.0)
+            values["length_ratio"] = sums["emitted"] / max(sums["c_total"], 1.0)
             values["blank_share"] = sums["blank_frames"] / max(sums["nframes"], 1.0)
         return values
     values = {name: sums[name] / tokens / math.log(2) for name in SUMS[:4] if name in sums}

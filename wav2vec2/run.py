@@ -8,9 +8,10 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -29,9 +30,14 @@ from common.metrics import Metrics
 from common.precision import MixedPrecisionOptimizer
 from common.preemption import Preemption
 from common.watchdog import Watchdog
+from wav2vec2 import bad_batch
+from wav2vec2.bad_batch import BadBatch
 from wav2vec2.config import Config
 from wav2vec2.evaluate import evaluate
+from wav2vec2.faults import Culprit, Faults, Tried, WentBack, not_finite
+from wav2vec2.health_rules import make_health, training_figures, validation_figures
 from wav2vec2.logging import REDUCTIONS, summarize, throughput
+from wav2vec2.start import newest_checkpoint
 from wav2vec2.task import FinetuneTask, PretrainTask
 
 log = logging.getLogger(__name__)
@@ -86,10 +92,11 @@ class Run:
 
     def __post_init__(self) -> None:
         """Start the clocks."""
+        self.health, self.faults = make_health(self.config), Faults()
         self._since_validation = _Interval()
         self._epoch = _Interval()
         self._benchmark: list[dict[str, float]] = []
-        self._unlogged = 0
+        self._unlogged = self._overflows = 0
         self._cause_of_waiting = ""
         self._stopping = self._is_best = False
         self._since_save = 0.0
@@ -124,7 +131,10 @@ class Run:
     def next_update(self) -> list[Batch]:
         """This process's micro-batches of the next update."""
         self.watchdog.at("waiting for the data", update=self.progress.step + 1)
-        return self.train_loader.next_update(self.device)
+        self._pass_by()
+        batches = self.train_loader.next_update(self.device)
+        self.faults.begin(self.progress.step, (self.train_loader.epoch, self.train_loader.position - 1), batches)
+        return batches
 
     def in_turn(self, batches: Sequence[Batch]) -> Iterator[Batch]:
         """The micro-batches one by one, while the watchdog knows which."""
@@ -136,10 +146,21 @@ class Run:
     def after_update(self, updated: bool) -> None:
         """Count the update, and do what is due after it."""
         self.writer.check()
-        config, step = self.config.run, self.progress.step + int(updated)
-        self.progress.step = step
+        self.progress.step += int(updated)
         self._unlogged += 1
+        self._overflows += int(not updated)
         self._stopping = self.preemption.agreed(self.device)
+        self.faults.end(self.metrics)
+        if not self.train_loader.at_epoch_end:
+            self._pass_by()
+        try:
+            self.health.count(self.progress.step, skipped=not updated)
+            self._do_what_is_due(updated)
+        except WentBack:
+            self._is_best = False
+
+    def _do_what_is_due(self, updated: bool) -> None:
+        config, step = self.config.run, self.progress.step
         epoch, epoch_ends = self.train_loader.epoch, self.train_loader.at_epoch_end
 
         def due(updates: int, epochs: int) -> bool:
@@ -161,12 +182,13 @@ class Run:
             return
         work = self.train_loader.take_work()
         self.metrics.add({"data_wait": work.waited, "since_save": time.perf_counter() - self._saved_at})
+        self.metrics.add({"weight_norm": self.optimizer.weight_norm()})
         sums = self.metrics.reduce(self.device)
         seconds = time.perf_counter() - self._clock
         for interval in (self._since_validation, self._epoch):
             interval.add({name: sums[name] for name in sums if REDUCTIONS[name] == "sum"}, self._unlogged, seconds)
         left = self.config.optim.max_update - self.progress.step
-        self._refuse_collapse(sums)
+        self._check_sums(sums)
         self._since_save = sums["since_save"]  # the same in all processes, unlike their clocks
         values = self._values(sums, self._unlogged, seconds) | {
             "eta": left * seconds / self._unlogged,
@@ -180,12 +202,20 @@ class Run:
         if isinstance(self.task, PretrainTask) and self.task.model.quantizer is not None:
             values["temperature"] = self.task.model.quantizer.temperature
         self.logger.log("train", (self.train_loader.epoch, self.progress.step), values)
+        if self._overflows:
+            log.info(
+                "%d of %d updates overflowed in fp16 and were skipped, the loss scale is %g now; a few are normal, "
+                "%d in a row are not",
+                *(self._overflows, self._unlogged, self.optimizer.loss_scale, self.config.health.max_overflows),
+            )
         cause = work.cause_of_waiting(seconds, distributed.usable_cores() // distributed.local_processes())
         if cause and cause != self._cause_of_waiting:  # told once, not with every line
             log.warning("%.0f %% of the time is spent waiting for data: %s", 100 * work.waited / seconds, cause)
             self._cause_of_waiting = cause
-        self._unlogged = 0
+        self._unlogged = self._overflows = 0
+        self.faults.forget()
         self._clock = time.perf_counter()
+        self.health.check(self.progress.step, training_figures(self.config, values))
 
     def validate(self) -> None:
         """Evaluate with the averaged weights (if there are any); put off if a signal asks to stop."""
@@ -204,6 +234,7 @@ class Run:
             self._stopping = True
         else:
             self.logger.log("val", step, values)
+            self.health.check(self.progress.step, validation_figures(values))
             score = values.get("wer", values["loss"])
             self._is_best = math.isfinite(score) and (self.progress.best is None or score < self.progress.best)
             self.progress.best = score if self._is_best else self.progress.best
@@ -214,10 +245,13 @@ class Run:
         self.log()  # so that no checkpoint of a run that has gone wrong replaces a good one
         if self.config.run.save:
             self.watchdog.at("saving")
+            if self._path in paths:
+                self.health.saved(self.progress.step)
+            kept = (*self.config.milestones(), *self.health.kept)
             position = self.train_loader.state_dict()  # a stream asks all processes for it
             state = sharding.gathered(self.state_dict(position))  # and so do shards
             if distributed.is_main():
-                self.writer.save(paths, state, lambda: self._after_saving(paths))
+                self.writer.save(paths, state, lambda: self._after_saving(paths, kept))
             self._saved_step = self.progress.step
         self._clock = self._saved_at = time.perf_counter()
         self._since_save = 0.0
@@ -225,7 +259,8 @@ class Run:
     def rescue(self) -> None:
         """Save where a run of one process stands; several may no longer agree on where that is."""
         if self.progress.step and distributed.world_size() == 1:
-            self.save(self._path)
+            with suppress(WentBack):
+                self.save(self._path)
 
     def state_dict(self, position: Mapping[str, Any]) -> dict[str, Any]:
         """All that a checkpoint holds; `position`: the loader's."""
@@ -242,6 +277,7 @@ class Run:
             "ema": self.ema.state_dict(),
             "loader": position,
             "progress": vars(self.progress).copy(),
+            "health": {"rules": self.health.state_dict(), "faults": self.faults.state_dict()},
             "processes": distributed.world_size(),
             "origin": None,
         }
@@ -265,6 +301,11 @@ class Run:
         if state.get("loader"):
             self.train_loader.load_state_dict(state["loader"])
         self.progress = Progress(**state["progress"])
+        if state.get("health"):
+            self.health.load_state_dict(state["health"]["rules"])
+            self.faults.load_state_dict(state["health"]["faults"])
+        elif path == self._path:
+            self.health.saved(self.progress.step)
         before, now = state.get("processes"), distributed.world_size()
         if before not in (None, now):
             log.info(
@@ -322,9 +363,9 @@ class Run:
         if paths:
             self.save(*paths)
 
-    def _after_saving(self, paths: Sequence[Path]) -> None:
+    def _after_saving(self, paths: Sequence[Path], kept: tuple[int, ...]) -> None:
         """In the thread of the writer."""
-        keep = checkpoint.Retention(milestones=self.config.milestones())
+        keep = checkpoint.Retention(milestones=kept)
         keep.prune(self.config.run.output_dir, final=self.config.optim.max_update)
         for path in paths:
             log.info("saved %s", path)
@@ -337,21 +378,83 @@ class Run:
             self.watchdog.at("validation", ids=batch.ids)
             yield batch
 
-    def _refuse_collapse(self, sums: Mapping[str, float]) -> None:
-        """Stop where going on cannot help; every rank sees the same sums."""
-        folder, step = self.config.run.output_dir, self.progress.step
+    def _check_sums(self, sums: Mapping[str, float]) -> None:
+        """Refuse what cannot be logged or learnt from; every rank sees the same sums."""
         if not sums["ntokens"]:
             raise TrainingError(
                 "no frame was masked, so there is nothing to learn; lower --mask_length, or drop --no_mask_overlap"
                 if isinstance(self.task, PretrainTask)
                 else "all transcripts are empty, so there is nothing to learn; check the label file"
             )
-        broken = [name for name in ("loss", "grad_norm") if not math.isfinite(sums.get(name, 0.0))]
-        if broken and not self.config.precision.fp16:  # in fp16 the loss scaler skips such updates, or gives up
-            raise TrainingError(
-                f"{' and '.join(broken)} not finite by update {step}; the last checkpoint in {folder} is of before; "
-                "go on from it with --resume and a lower --lr"
-            )
+        broken = not_finite(sums, fp16=self.config.precision.fp16)
+        if broken:
+            self._go_back_or_end(broken)
+
+    def _go_back_or_end(self, broken: Sequence[str]) -> NoReturn:
+        """Something is not finite: go on from the newest checkpoint without the update that did it, once, or end."""
+        culprit, again = self.faults.culprit(broken), self.faults.left_out is not None
+        what = f"{', '.join(broken)} not finite " + (
+            f"in {culprit.text}" if culprit else f"by update {self.progress.step}"
+        )
+        rollback = self.config.health.on_nan == "rollback"
+        if culprit and rollback and not again:
+            self.writer.wait()
+            newest = newest_checkpoint(Path(self.config.run.output_dir))
+            if newest:
+                self._go_back(*newest, culprit.update)
+                log.warning("%s; goes on from %s without this update", what, newest[0])
+                raise WentBack
+        written = self._record_culprit(culprit) if culprit else ""
+        remedies = "a lower --lr or a smaller --clip_norm, --bf16 instead of --fp16, data without these utterances"
+        raise TrainingError(
+            f"{what}{', although a rollback left out another update before' if again else ''}{written}; "
+            f"{self.health.last_healthy}; try {'' if rollback else '--resume --on_nan rollback, '}{remedies}"
+        )
+
+    def _record_culprit(self, culprit: Culprit) -> str:
+        """Write the batches of the update that went wrong; where they are, for a message."""
+        folder, update = self.config.run.output_dir, culprit.update
+        batches = self.train_loader.read_again(update.epoch, update.position)
+        if batches is None:
+            return "; a stream cannot be read again, so its batch is not written"
+        self._record(update, batches)
+        names = ", ".join(bad_batch.file_name(update.step, rank) for rank in culprit.ranks)
+        return f"; its batch is in {folder}: {names}, for utils/replay_batch.py"
+
+    def _go_back(self, path: Path, state: Mapping[str, Any], bad: Tried) -> None:
+        """Stand where a checkpoint stands, and write it anew with what is left out from now on."""
+        self.watchdog.at("going back to a checkpoint")
+        self.optimizer.load_master(state["model"])
+        self.load_state_dict(state, path)
+        self.progress.validation_due = False
+        self.faults.left_out = (bad.epoch, bad.position)
+        self._since_validation, self._epoch = _Interval(), _Interval()
+        self._unlogged = self._overflows = 0
+        self.save(path)
+
+    def _pass_by(self) -> None:
+        """Take the update that is left out from the loader when its turn has come, and write its batch to a file."""
+        place = self.train_loader.next_place
+        if place == self.faults.left_out:
+            batches = self.train_loader.next_update(self.device)
+            self._record(Tried(self.progress.step, *place, ids=()), batches)
+            name = bad_batch.file_name(self.progress.step, distributed.rank())
+            log.warning("leaves out update %d of epoch %d, written to %s", place[1] + 1, place[0], name)
+
+    def _record(self, update: Tried, batches: Sequence[Batch]) -> None:
+        """Write this process's share of an update to a file; all ranks call it together."""
+        count = distributed.sum_across_ranks(self.task.count_units(batches), self.device).item()
+        BadBatch(
+            mode=self.config.mode,
+            step=update.step,
+            epoch=update.epoch,
+            position=update.position,
+            seed=self.config.run.seed,
+            rank=distributed.rank(),
+            world=distributed.world_size(),
+            count=count,
+            batches=tuple(batches),
+        ).write(self.config.run.output_dir)
 
     def _end_benchmark_epoch(self, epoch: int) -> None:
         values = self._values(self._epoch.sums, self._epoch.updates, self._epoch.seconds)

@@ -73,6 +73,20 @@ def find_start(config: Config) -> Start:
     return start
 
 
+def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest valid checkpoint of a folder, the same on all ranks, which call this together; None: there is none."""
+    newest = checkpoint.load_newest(folder) if distributed.is_main() else None
+    name = distributed.broadcast_object(newest[0].name if newest else None)
+    if name is None or newest:
+        return newest
+    if not (folder / name).exists():
+        raise ConfigError(
+            f"--output_dir {folder}: process {distributed.rank()} does not see {name}; "
+            "all machines need one shared folder"
+        )
+    return folder / name, checkpoint.load(folder / name)
+
+
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> None:
     """Put weights into a model. Raises CheckpointError naming the file."""
     try:
@@ -174,16 +188,7 @@ def _find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
     folder = Path(config.run.output_dir)
     found = None
     if config.run.resume:
-        newest = checkpoint.load_newest(folder) if distributed.is_main() else None
-        name = distributed.broadcast_object(newest[0].name if newest else None)
-        found = newest
-        if name is not None and not newest:
-            if not (folder / name).exists():
-                raise ConfigError(
-                    f"--output_dir {folder}: process {distributed.rank()} does not see {name}; "
-                    "all machines need one shared folder"
-                )
-            found = folder / name, checkpoint.load(folder / name)
+        found = newest_checkpoint(folder)
     else:
         paths = checkpoint.update_paths(folder)
         if paths and config.run.save:

@@ -125,6 +125,11 @@ class UpdateLoader(ABC):
         """Whether the last update of the epoch has been handed out."""
         return self.position >= self.updates_per_epoch
 
+    @property
+    def next_place(self) -> tuple[int, int]:
+        """Epoch and position of the update that comes next."""
+        return (self.epoch + 1, 0) if self.at_epoch_end else (self.epoch, self.position)
+
     def take_work(self) -> Work:
         """What it took to make the batches that were handed out since the last call."""
         work, self._work = self._work, Work(self._num_workers)
@@ -159,6 +164,10 @@ class UpdateLoader(ABC):
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue behind a saved position, or begin the epoch again if the plan is another one now."""
+
+    def read_again(self, epoch: int, position: int) -> list[Batch] | None:
+        """This rank's micro-batches of an update that has been handed out; None where that cannot be: of a stream."""
+        return None
 
     def close(self) -> None:
         """Stop the workers; the next update starts new ones."""
@@ -233,6 +242,11 @@ class TrainLoader(UpdateLoader):
                 self.epoch,
             )
             self.position = 0
+
+    def read_again(self, epoch: int, position: int) -> list[Batch]:
+        """This rank's micro-batches of any update, made in this process."""
+        keys = self._sampler.micro_batches(epoch, position, **self._layout)
+        return list(read_batches(self._maker, keys, 0, False, self._bad_files))
 
     def _batches(self) -> Iterator[Batch]:
         keys = self._keys(self.epoch, self.position)

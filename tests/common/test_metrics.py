@@ -96,6 +96,17 @@ def test_a_value_changed_after_add_does_not_change_the_metric():
     assert metrics.reduce("cpu") == {"tokens": 1.0, "lr": 1.0}
 
 
+def test_sums_so_far_are_those_of_their_moment():
+    metrics = Metrics(TABLE)
+    assert metrics.so_far(["tokens"]) == {}
+    kept = []
+    for value in (1.0, 2.0, math.nan, 4.0):
+        metrics.add({"tokens": torch.tensor(value)})
+        kept.append(metrics.so_far(["tokens", "lr"]))
+    assert [sums["tokens"].item() for sums in kept[:2]] == [1.0, 3.0]
+    assert [math.isnan(sums["tokens"].item()) for sums in kept] == [False, False, True, True]
+
+
 def test_metrics_hold_no_graph():
     weight = torch.ones(1, requires_grad=True)
     metrics = Metrics(TABLE)

@@ -119,6 +119,17 @@ def test_the_norm_is_that_of_the_unscaled_gradients_and_clipping_bounds_it(dtype
         assert used.norm().item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_the_norm_of_the_weights_is_that_of_all_masters_and_tells_one_bad_value(dtype, bad):
+    tensors, optimizer = make(dtype, scaler_for(dtype))
+    optimizer.freeze(["encoder"])
+    flat = torch.cat([tensor.detach().float() for tensor in tensors.values()])
+    assert optimizer.weight_norm().item() == pytest.approx(flat.norm().item(), rel=1e-6)
+    optimizer.master_weights()["encoder"][3] = bad
+    assert not math.isfinite(optimizer.weight_norm().item())
+
+
 def test_micro_batches_add_up():
     one, first = make(torch.float32)
     two, second = make(torch.float32)

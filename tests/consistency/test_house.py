@@ -40,11 +40,13 @@ SERVICES = (
     "optim",
     "ema",
     "sharding",
+    "health",
     "data",
 )
 BLOCKS = (
     "data_config",
     "run_config",
+    "health_config",
     "config",
     "inference_config",
     "norms",
@@ -55,7 +57,7 @@ BLOCKS = (
 )
 ASSEMBLY = (
     *("arg_parser", "build", "build_data", "config_checks", "data_checks", "decoding", "evaluate"),
-    *("latency", "logging", "run", "start", "transcribe", "convert"),
+    *("bad_batch", "faults", "health_rules", "latency", "logging", "run", "start", "transcribe", "convert"),
 )
 LAYERS = [  # from the bottom; an import points down or sideways
     {f"common.{name}" for name in LEAVES},
