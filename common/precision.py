@@ -282,7 +282,7 @@ class MixedPrecisionOptimizer:
     @torch.no_grad()
     def weight_norm(self) -> Tensor:
         """The L2 norm of this process's master weights or shares of them, () on the device: finite if they all are."""
-        own = [local(weight.master) if weight.is_sharded else weight.master for weight in self._all()]
+        own = [local(weight.master) for weight in self._all()]
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(own)))
 
     def state_dict(self) -> dict[str, dict[str, Any]]:

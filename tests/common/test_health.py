@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
+from conftest import ROOT
 
 from common.errors import TrainingError
 from common.health import MIN_HISTORY, SKIPPED, Health, Limit, Rule
@@ -218,6 +219,20 @@ def test_the_measured_quickstart_is_healthy(caplog):
         pretraining(health, QUICKSTART, update, **values)
     assert warnings(caplog) == []
     assert health.kept == ()
+
+
+@pytest.mark.parametrize("name", ["quickstart_pretrain", "digits_pretrain"])
+def test_recorded_runs_of_three_seeds_are_healthy(caplog, name):
+    curves = json.loads((ROOT / f"docs/reference_curves/{name}.json").read_text())["curves"]
+    curves = [curve for curve in curves if curve["metric"].startswith("train_")]
+    assert {"train_accuracy", "train_code_perplexity"} <= {curve["metric"] for curve in curves}
+    for seed in range(3):
+        health = health_rules.make_health(QUICKSTART)
+        for points in zip(*(curve["points"] for curve in curves), strict=True):
+            metrics = [curve["metric"].removeprefix("train_") for curve in curves]
+            values = dict(zip(metrics, (point["values"][seed] for point in points), strict=True))
+            pretraining(health, QUICKSTART, points[0]["update"], **values)
+    assert warnings(caplog) == []
 
 
 HEALTHY = {"loss_0": 4.0, "accuracy": 0.3, "code_perplexity": 100.0, "grad_norm": 1.0}
