@@ -95,21 +95,24 @@ class Preemption:
             os._exit(INTERRUPTED)
 
 
-def shield_worker(seconds: int = 60) -> None:
+def shield_worker() -> None:
     """Let a worker process outlive the signals that ask a whole job to stop, so that its parent can finish an update.
 
-    Ctrl-C and SIGUSR1 are left to the parent. The first SIGTERM ends it a little later, if its parent does
-    not before.
+    Ctrl-C and SIGUSR1 are left to the parent. A SIGTERM counts only if the parent has sent it, which Linux tells;
+    elsewhere nothing is changed.
     """
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey, args=(os.getppid(),), name="signals", daemon=True).start()
 
-    def wait(number: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.alarm(seconds)
 
-    signal.signal(signal.SIGTERM, wait)
+def _obey(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)  # the parent ends, and nobody is to take that for an accident
 
 
 def _leave_to_the_pipe(number: int, frame: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import torch
 from conftest import ROOT
 
 from common import preemption
-from common.preemption import SIGNALS, Preemption
+from common.preemption import SIGNALS, Preemption, shield_worker
 
 CPU = torch.device("cpu")
 
@@ -78,3 +79,25 @@ def test_a_process_whose_main_thread_is_stuck_ends_at_the_second_ctrl_c():
 
         wait_until(ended)
         assert (process.returncode, process.stderr.read()) == (130, "interrupted\n")
+
+
+def echo(pipe):
+    shield_worker()
+    while True:
+        pipe.send(pipe.recv())
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the system does not tell who sent a signal")
+def test_a_shielded_worker_ends_for_its_parent_only():
+    ours, theirs = multiprocessing.get_context("fork").Pipe()
+    worker = multiprocessing.get_context("fork").Process(target=echo, args=(theirs,), daemon=True)
+    worker.start()
+    ours.send("ready")
+    assert ours.recv() == "ready"
+    for name in ("TERM", "INT", "USR1"):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+        ours.send(name)
+        assert ours.recv() == name
+    os.kill(worker.pid, signal.SIGTERM)
+    worker.join(20)
+    assert worker.exitcode == 0
