@@ -86,6 +86,11 @@ def launched_rank() -> int:
     return _environment_number("RANK", 0)
 
 
+def launched_processes() -> int:
+    """Number of processes as the launcher gave it, outside the session too."""
+    return _environment_number("WORLD_SIZE", 1)
+
+
 def local_rank() -> int:
     """Number of this process on its machine, from 0."""
     return _environment_number("LOCAL_RANK", 0)

@@ -29,6 +29,7 @@ from common.schedules import make_schedule
 from common.watchdog import Watchdog
 from wav2vec2.build_data import build_loaders
 from wav2vec2.config import Config
+from wav2vec2.layout import scale_window, solved, sub_batches_per_update
 from wav2vec2.logging import METRICS
 from wav2vec2.model import TransformerLayer, Wav2Vec2Ctc, Wav2Vec2Model
 from wav2vec2.norms import ChannelNorm, LayerNorm
@@ -58,7 +59,7 @@ def build_run(
     torch.backends.cudnn.allow_tf32 = config.precision.allow_tf32
     _check_writable(Path(config.run.output_dir))
     lock = _lock(config) if distributed.is_main() else None
-    start = find_start(config)
+    start = find_start(solved(config, distributed.world_size()))
     config, dictionary = start.config, start.dictionary
     model = build_model(config, dictionary)
     trunk(model).encoder.checkpoint_activations = config.run.checkpoint_activations
@@ -271,11 +272,10 @@ def build_optimizer(config: Config, model: nn.Module) -> MixedPrecisionOptimizer
     precision = config.precision
     scaler = None
     if precision.fp16:
-        window = LossScaler.default_window(distributed.world_size(), config.data.update_freq)
         scaler = LossScaler(
             init=precision.fp16_init_scale,
             minimum=precision.min_loss_scale,
-            window=precision.fp16_scale_window or window,
+            window=scale_window(config, distributed.world_size()),
         )
     optim = config.optim
     return MixedPrecisionOptimizer(
@@ -292,17 +292,18 @@ def _describe(run: Run, command: list[str]) -> None:
     config = run.config
     model = run.task.model
     data = config.data
-    products = distributed.world_size(), data.num_concat_batches, data.update_freq
     log.info(
-        "%s: %.2f M parameters (%.2f M trained), %s, %s; %d processes x %d concatenated batches x %d accumulated = "
+        "%s: %.2f M parameters (%.2f M trained), %s, %s; %d processes x %d concatenated batches x %d accumulated for "
         "%d sub-batches per update",
         config.mode,
         sum(parameter.numel() for parameter in model.parameters()) / 1e6,
         sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) / 1e6,
         run.device,
         config.precision.name,
-        *products,
-        int(np.prod(products)),
+        distributed.world_size(),
+        data.num_concat_batches,
+        data.update_freq,
+        sub_batches_per_update(data, distributed.world_size()),
     )
     description = {
         "command": command,

@@ -84,6 +84,7 @@ def _indexed(config: Config, training: dict[str, Any]) -> TrainLoader:
         semi_sorted=data.semi_sorted,
         dataset_weights=data.weights(),
         dataset_temperature=data.dataset_temperature,
+        world_batches=data.world_batches,
         **training,
     )
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from common import distributed
 from common.errors import ConfigError
 from wav2vec2.data_config import DataConfig, ShardConfig
+from wav2vec2.layout import needed_passes
 
 OF_BUCKETS = ("bucketing_type", "bucketing_strategy", "bucketing_batch_size", "bucketing_weights")
 OF_SEGMENTS = ("random_segment_prob", "random_segment_pad", "random_segment_min_rms_db")
@@ -45,6 +47,14 @@ def check_data(data: DataConfig, shards: ShardConfig, mode: str, explicit: Colle
         raise ConfigError(f"--{flag}: needs the shards; name them with --tarred_filepaths")
     if shards.streaming and not shards.epoch_size:
         raise ConfigError("--streaming: a stream has no end; say how many updates an epoch has with --epoch_size")
+    if data.world_batches and "update_freq" in explicit:
+        world = distributed.launched_processes()
+        needed = needed_passes(data.world_batches, world, data.num_concat_batches)
+        if data.update_freq != needed:
+            raise ConfigError(
+                f"--update_freq {data.update_freq}: --world_batches {data.world_batches} makes it {needed} for {world} "
+                f"processes x {data.num_concat_batches} concatenated batches; drop one of them"
+            )
     if 0 < data.max_duration < data.min_duration:
         raise ConfigError(
             f"--max_duration {data.max_duration:g}: is below --min_duration {data.min_duration:g}; nothing is left"

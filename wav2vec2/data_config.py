@@ -67,6 +67,11 @@ class DataConfig:
     required_batch_size_multiple: int = flag(8, "rows of a sub-batch above this number are a multiple of it", minimum=1)
     num_concat_batches: int = flag(1, "sub-batches joined for one pass through the model", minimum=1)
     update_freq: int = flag(1, "passes (micro-batches) per update and process", minimum=1)
+    world_batches: int = flag(
+        0,
+        "sub-batches per update over all processes; solves --update_freq for any number of processes, 0: their product",
+        minimum=0,
+    )
     enable_padding: bool = flag(
         False,
         "pad a sub-batch to its longest utterance instead of cropping it to its shortest",

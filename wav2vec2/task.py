@@ -65,6 +65,14 @@ def _add(stats: Stats, name: str, value: Tensor) -> None:
     stats[name] = stats.get(name, 0.0) + value
 
 
+def _share(batch: Batch, loss: Tensor, stats: Stats, count: Tensor) -> tuple[Tensor, Stats]:
+    """The loss as its share of an update, for DDP's mean over ranks; of an idle batch nothing but the graph."""
+    if batch.idle:
+        loss = loss * 0
+        stats = {name: value.new_zeros(()) if isinstance(value, Tensor) else 0.0 for name, value in stats.items()}
+    return loss / count * distributed.world_size(), stats
+
+
 def norm_lengths(batch: Batch, *, reference_padding: bool) -> Tensor | None:
     """Samples [B] over which the channel norm averages; None when that is the whole row for all rows.
 
@@ -126,13 +134,13 @@ class PretrainTask(nn.Module):
     @staticmethod
     def count_units(batches: Sequence[Batch]) -> int:
         """Masked frames: what the loss is divided by."""
-        return sum(batch.num_masked for batch in batches)
+        return sum(batch.num_masked for batch in batches if not batch.idle)
 
     def forward(self, batch: Batch, count: Tensor) -> tuple[Tensor, Stats]:
         """The loss of this batch as its share of an update of `count` masked frames, for DDP's mean over ranks."""
         noise, negatives = self._draw(batch)
         loss, stats, _ = self.losses(batch, noise, negatives)
-        return loss / count * distributed.world_size(), stats
+        return _share(batch, loss, stats, count)
 
     def losses(
         self, batch: Batch, noise_QGV: Tensor | None, negatives: Sequence[Negatives]
@@ -326,12 +334,12 @@ class FinetuneTask(nn.Module):
     @staticmethod
     def count_units(batches: Sequence[Batch]) -> int:
         """Sentences: what the loss is divided by."""
-        return sum(batch.num_rows for batch in batches)
+        return sum(batch.num_rows for batch in batches if not batch.idle)
 
     def forward(self, batch: Batch, count: Tensor) -> tuple[Tensor, Stats]:
         """The loss of this batch as its share of an update of `count` sentences, for DDP's mean over ranks."""
         loss, stats, _ = self.losses(batch)
-        return loss / count * distributed.world_size(), stats
+        return _share(batch, loss, stats, count)
 
     def losses(self, batch: Batch) -> tuple[Tensor, Stats, Tensor]:
         """Total loss (sum over sentences, in nats), statistics, and the logits [B, T, K]."""

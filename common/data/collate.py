@@ -60,7 +60,8 @@ class Batch:
 
     lengths_B: valid samples per row; padded: some row is shorter than S; masked_R: flat positions row * T + t
     of the masked frames, ordered by (sub-batch, row, t); frame_lengths, label_lengths: those of every row as
-    numbers of Python; num_samples, num_frames: valid ones of all rows; places: positions of the rows in the dataset.
+    numbers of Python; num_samples, num_frames: valid ones of all rows; places: positions of the rows in the dataset;
+    idle: its loss does not count, another process has the same sub-batch.
     """
 
     ids: tuple[str, ...]
@@ -77,6 +78,7 @@ class Batch:
     label_lengths: tuple[int, ...] | None = None
     texts: tuple[str, ...] | None = None
     places: tuple[int, ...] = ()
+    idle: bool = False
     news: FileNews = FileNews()
 
     @property
@@ -164,6 +166,7 @@ class Collator:
             label_lengths=label_lengths if labels else None,
             texts=_texts(rows),
             places=tuple(sample.place for sample in rows),
+            idle=planned[0].idle,
             news=FileNews(converted=tuple(chain.from_iterable(sample.converted for sample in rows))),
         )
 

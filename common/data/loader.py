@@ -209,7 +209,7 @@ class TrainLoader(UpdateLoader):
         sample_rate: int,
         bad_files: BadFiles,
     ) -> None:
-        """The product of world, concat and update_freq must be the sampler's sub-batches per update."""
+        """world, concat and update_freq must be enough for the sampler's sub-batches per update, and not more."""
         super().__init__(
             updates_per_epoch=sampler.updates_per_epoch,
             update_freq=update_freq,
@@ -219,8 +219,15 @@ class TrainLoader(UpdateLoader):
             bad_files=bad_files,
         )
         self._maker, self._sampler = maker, sampler
-        self._layout = {"rank": rank, "world": world, "concat": concat, "update_freq": update_freq}
-        sampler.micro_batches(1, 0, **self._layout)  # a wrong product is refused now
+        self._rank, self._world = rank, world
+        self.set_layout(concat=concat, update_freq=update_freq)
+
+    def set_layout(self, *, concat: int, update_freq: int) -> None:
+        """Share the same updates in another way from here on: so many joined, so many micro-batches."""
+        self.close()
+        self._layout = {"world": self._world, "concat": concat, "update_freq": update_freq}
+        self._update_freq = update_freq
+        self._sampler.micro_batches(1, 0, rank=self._rank, **self._layout)  # a wrong product is refused now
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch and position of what has been handed out, and the plan that they refer to."""
@@ -268,7 +275,7 @@ class TrainLoader(UpdateLoader):
         """Micro-batches from a position on, without end: workers do not stop between epochs."""
         while True:
             for update in range(position, self.updates_per_epoch):
-                yield from self._sampler.micro_batches(epoch, update, **self._layout)
+                yield from self._sampler.micro_batches(epoch, update, rank=self._rank, **self._layout)
             epoch, position = epoch + 1, 0
 
 

@@ -56,6 +56,7 @@ def train_loader(
     world: int = 1,
     concat: int = 1,
     update_freq: int = 1,
+    world_batches: int = 0,
     num_workers: int = 0,
     pin_memory: bool = False,
     skip_bad: bool = False,
@@ -65,8 +66,9 @@ def train_loader(
     """Training batches of a manifest; `crop`: rows to the shortest of their sub-batch (else they are padded).
 
     Utterances outside the limits are left out, those above max_sample_size cropped; both are reported. `join_short` is
-    in seconds; `bad_files`: where files are listed that `skip_bad` leaves out. DataError where nothing is left, an
-    utterance gives no frame, or a label is unknown.
+    in seconds; `world_batches`: sub-batches per update, 0 for as many as world x concat x update_freq; `bad_files`:
+    where files are listed that `skip_bad` leaves out. DataError where nothing is left, an utterance gives no frame, or
+    a label is unknown.
     """
     kept = select(manifest, limits or LengthLimits(), sample_rate)
     firsts = join_neighbours(kept, round(join_short * sample_rate)) if join_short else None
@@ -95,7 +97,7 @@ def train_loader(
         log.info("weights of the lists: %s", ", ".join(f"{name} {weight:.3g}" for name, weight in names))
     sampler = UpdateSampler(
         lengths=plan.samples,
-        sub_batches_per_update=world * concat * update_freq,
+        sub_batches_per_update=world_batches or world * concat * update_freq,
         seed=seed,
         buckets=plan.buckets,
         datasets=plan.datasets,

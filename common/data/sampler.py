@@ -30,11 +30,13 @@ class PlannedSubBatch:
     """A sub-batch in an update: the pass over the data, its number, and its place in the update.
 
     The pass keys crops and masks, `index` (0 is the longest) negatives and noise. No pass has a sub-batch twice.
+    idle: another rank trains on it, too, and here it only keeps this one in step.
     """
 
     epoch_pass: int
     sub_batch: int
     index: int
+    idle: bool = False
 
 
 class UpdateSampler:
@@ -126,25 +128,46 @@ class UpdateSampler:
     def micro_batches(
         self, epoch: int, position: int, *, rank: int, world: int, concat: int, update_freq: int
     ) -> list[list[PlannedSubBatch]]:
-        """This rank's update_freq micro-batches of `concat` sub-batches.
+        """This rank's update_freq micro-batches of at most `concat` sub-batches and at least one.
 
-        Neighbours in length are joined and the ranks alternate: micro-batch f, rank r, slot k has the index
-        (f * world + r) * concat + k. With fully_randomized neighbours are those of the rank.
+        Neighbours in length are joined and the ranks alternate: of the s = f * world + r slots of micro-batch f and
+        rank r each has its part of the update, and parts differ by one sub-batch at most. Where there are more slots
+        than sub-batches, some repeat one that does not count. With fully_randomized neighbours are those of the rank.
         """
-        if world * concat * update_freq != self.sub_batches_per_update:
+        self._check_layout(world, concat, update_freq)
+        update, found = self.update(epoch, position), []
+        for slot in range(rank, world * update_freq, world):
+            first, stop = self._share(slot, world * update_freq)
+            places = self._places(slot, world, concat, update_freq)
+            found.append(
+                [replace(update[at], index=index, idle=first == stop) for index, at in enumerate(places, first)]
+            )
+        return found
+
+    def _check_layout(self, world: int, concat: int, update_freq: int) -> None:
+        """Refuse a layout with too few places for an update, or with passes that it does not need."""
+        number, per_pass = self.sub_batches_per_update, world * concat
+        exact = self._lanes > 1
+        if not (update_freq - 1) * per_pass < number <= update_freq * per_pass or (exact and number % per_pass):
             raise ConfigError(
                 f"--update_freq {update_freq}: {world} processes x {concat} concatenated batches x {update_freq} "
-                f"are not the {self.sub_batches_per_update} sub-batches of an update; change one of them"
+                f"are not the {number} sub-batches of an update; change one of them"
             )
         if self._lanes not in (1, world):
             raise ValueError(f"the plan is for {self._lanes} processes, not for {world}")
-        update = self.update(epoch, position)
-        indices = [(micro * world + rank) * concat + slot for micro in range(update_freq) for slot in range(concat)]
+
+    def _share(self, slot: int, slots: int) -> tuple[int, int]:
+        """The indices [first, stop) of an update that one of so many slots has."""
+        number = self.sub_batches_per_update
+        return slot * number // slots, (slot + 1) * number // slots
+
+    def _places(self, slot: int, world: int, concat: int, update_freq: int) -> range:
+        """Where in an update the sub-batches of a slot lie, one at least."""
         if self._lanes > 1:
-            own = [replace(plan, index=index) for plan, index in zip(update[rank::world], indices, strict=True)]
-        else:
-            own = [update[index] for index in indices]
-        return [own[first : first + concat] for first in range(0, len(own), concat)]
+            micro, rank = divmod(slot, world)
+            return range(rank + micro * concat * world, rank + (micro + 1) * concat * world, world)
+        first, stop = self._share(slot, world * update_freq)
+        return range(first, max(stop, first + 1))
 
     def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Pass and number of every sub-batch of the epoch, both (updates, sub-batches per update)."""

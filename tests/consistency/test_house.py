@@ -57,7 +57,7 @@ BLOCKS = (
 )
 ASSEMBLY = (
     *("arg_parser", "build", "build_data", "config_checks", "data_checks", "decoding", "evaluate"),
-    *("bad_batch", "faults", "health_rules", "latency", "logging", "run", "start", "transcribe", "convert"),
+    *("bad_batch", "faults", "health_rules", "latency", "layout", "logging", "run", "start", "transcribe", "convert"),
 )
 LAYERS = [  # from the bottom; an import points down or sideways
     {f"common.{name}" for name in LEAVES},

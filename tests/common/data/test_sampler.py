@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import chain, groupby
 
 import numpy as np
@@ -111,10 +112,37 @@ def test_every_layout_has_the_same_sub_batches_with_the_same_indices(world, conc
             assert places == list(range(places[0], places[0] + concat))
 
 
+@pytest.mark.parametrize(
+    ("world", "concat", "update_freq"), [(3, 4, 1), (3, 1, 3), (3, 2, 2), (5, 8, 1), (5, 1, 2), (7, 1, 2), (1, 3, 3)]
+)
+def test_where_processes_do_not_divide_an_update_it_is_dealt_as_evenly_as_possible(world, concat, update_freq):
+    plan, _ = sampler()  # 8 sub-batches per update
+    for epoch, position in ((1, 0), (2, 1)):
+        ranks = [
+            plan.micro_batches(epoch, position, rank=rank, world=world, concat=concat, update_freq=update_freq)
+            for rank in range(world)
+        ]
+        assert [len(micros) for micros in ranks] == [update_freq] * world
+        everything = list(chain.from_iterable(ranks))
+        assert all(1 <= len(micro) <= concat for micro in everything)
+        sizes = [sum(not planned.idle for planned in micro) for micro in everything]
+        assert max(sizes) - min(sizes) <= 1
+        idle = [planned for micro in everything for planned in micro if planned.idle]
+        assert len(idle) == max(world * update_freq - 8, 0)  # only where there are more slots than sub-batches
+        update = plan.update(epoch, position)
+        counted = [planned for micro in everything for planned in micro if not planned.idle]
+        assert sorted(counted, key=lambda planned: planned.index) == update
+        assert {replace(planned, idle=False) for planned in idle} <= set(update)
+        for micro in everything:  # neighbours in length are joined
+            assert [planned.index for planned in micro] == list(range(micro[0].index, micro[0].index + len(micro)))
+
+
 def test_a_layout_of_another_product_is_refused():
     plan, _ = sampler()
     with pytest.raises(ConfigError, match=r"--update_freq 3: .* 8 sub-batches"):
         plan.micro_batches(1, 0, rank=0, world=2, concat=1, update_freq=3)
+    with pytest.raises(ConfigError, match=r"--update_freq 3: .* 8 sub-batches"):  # two passes are enough
+        plan.micro_batches(1, 0, rank=0, world=3, concat=2, update_freq=3)
     with pytest.raises(DataError, match="no data"):
         UpdateSampler(lengths=np.array([]), sub_batches_per_update=8, seed=1)
 
@@ -231,6 +259,8 @@ def test_impossible_orders_of_buckets_are_refused():
     with pytest.raises(ConfigError, match="cannot be shared by 3 processes"):
         in_buckets("fully_randomized", world=3)
     plan, _ = in_buckets("fully_randomized", world=2)
+    with pytest.raises(ConfigError, match="--update_freq 2"):
+        plan.micro_batches(1, 0, rank=0, world=2, concat=3, update_freq=2)
     with pytest.raises(ValueError, match="for 2 processes, not for 4"):
         plan.micro_batches(1, 0, rank=0, world=4, concat=1, update_freq=2)
 
