@@ -44,7 +44,7 @@ class LossScaler:
         self.scale = float(init)
         self.num_skipped = 0
         self._factor = factor
-        self._window = window
+        self.window = window
         self._tolerance = tolerance
         self._threshold = threshold
         self._minimum = minimum
@@ -68,7 +68,7 @@ class LossScaler:
             self._overflow()
             return "skipped"
         self._since_overflow += 1
-        if self._since_overflow % self._window == 0:
+        if self._since_overflow % self.window == 0:
             self._change(self.scale * self._factor)
         return "applied"
 

@@ -22,17 +22,15 @@ from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 
-import torch
-
 from common import distributed
 from common.errors import Stopped, TrainingError, UserError, killed_worker, one_line
+from common.memory import is_allocation_failure
 
 log = logging.getLogger(__name__)
 
 TICK = 1.0  # seconds
 FAILED = 1  # exit status
 _SHOWN_IDS = 4
-_OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 _OUT_OF_TOUCH = ("gloo", "NCCL", "Connection", "Broken pipe", "recvValue", "sendBytes", "Timed out", "timed out")
 
 
@@ -110,7 +108,7 @@ class Watchdog:
         """Tell the others how this process ends; raise what a user can understand."""
         self._handled.set()
         told, verdict = None if isinstance(error, Stopped) else error, ""
-        if error is not None and _is_out_of_memory(error):
+        if error is not None and is_allocation_failure(error):
             told = TrainingError(
                 f"out of memory: {one_line(error, 120)}; halve --num_concat_batches (NUM_CONCAT_BATCHES) and double "
                 "--update_freq, or add --checkpoint_activations"
@@ -257,12 +255,6 @@ class Watchdog:
         lines += [f"  {one.process}: {one.place}" for one in standings]
         lines.append("all of them end; the same command goes on from the last checkpoint")
         print("\n".join(lines), file=sys.stderr, flush=True)  # noqa: T201
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)
-    )
 
 
 def _is_out_of_touch(error: RuntimeError) -> bool:

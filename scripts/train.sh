@@ -73,6 +73,8 @@ add_switch cuda_graphs CUDA_GRAPHS
 add_switch checkpoint_activations CHECKPOINT_ACTIVATIONS
 add parallel PARALLEL
 add bucket_cap_mb BUCKET_CAP_MB
+add_switch auto_batch AUTO_BATCH
+add_switch_off probe_memory PROBE_MEMORY
 
 # Data
 add data FILELISTS_DIR

@@ -31,6 +31,7 @@ from wav2vec2.build_data import build_loaders
 from wav2vec2.config import Config
 from wav2vec2.layout import scale_window, solved, sub_batches_per_update
 from wav2vec2.logging import METRICS
+from wav2vec2.memory_probe import probe
 from wav2vec2.model import TransformerLayer, Wav2Vec2Ctc, Wav2Vec2Model
 from wav2vec2.norms import ChannelNorm, LayerNorm
 from wav2vec2.run import Run
@@ -114,6 +115,7 @@ def build_run(
             log.info("the run is finished already; raise --max_update to train longer")
     if config.run.save and distributed.is_main():
         _check_disk(run)
+    probe(run)
     _describe(run, command)
     return run
 

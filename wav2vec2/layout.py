@@ -46,6 +46,20 @@ def sub_batches_per_update(data: DataConfig, world: int) -> int:
     return data.world_batches or world * data.num_concat_batches * data.update_freq
 
 
+def with_fewer_joined(data: DataConfig, world: int) -> list[DataConfig]:
+    """The same updates in more passes of fewer sub-batches, most joined first."""
+    found = []
+    for concat in range(data.num_concat_batches - 1, 0, -1):
+        if data.world_batches and data.bucketing_strategy != "fully_randomized":
+            found.append(
+                replace(data, num_concat_batches=concat, update_freq=needed_passes(data.world_batches, world, concat))
+            )
+        elif data.num_concat_batches * data.update_freq % concat == 0:
+            passes = data.num_concat_batches * data.update_freq // concat
+            found.append(replace(data, num_concat_batches=concat, update_freq=passes))
+    return found
+
+
 def scale_window(config: Config, world: int) -> int:
     """Updates without overflow before the loss scale of fp16 doubles."""
     return config.precision.fp16_scale_window or LossScaler.default_window(world, config.data.update_freq)

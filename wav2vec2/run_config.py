@@ -61,6 +61,10 @@ class RunConfig:
         20.0, "seconds without a sign of life from another process until the run ends", minimum=1.0
     )
     hang_timeout: float = flag(1200.0, "seconds in one place until the run ends, telling where; 0 is off", minimum=0.0)
+    probe_memory: bool = flag(True, "try the largest batch before training and tell what memory it takes")
+    auto_batch: bool = flag(
+        False, "where the largest batch is too large: join fewer sub-batches in more passes, for the same updates"
+    )
     debug: bool = flag(False, "show tracebacks of errors")
 
     def watched(self) -> dict[str, float]:

@@ -229,6 +229,20 @@ class TrainLoader(UpdateLoader):
         self._update_freq = update_freq
         self._sampler.micro_batches(1, 0, rank=self._rank, **self._layout)  # a wrong product is refused now
 
+    def largest(self, number: int) -> list[list[PlannedSubBatch]]:
+        """The `number` largest micro-batches of the epoch that comes next or goes on, of all ranks, largest first."""
+        epoch = self.epoch + int(self.at_epoch_end)
+        return self._sampler.largest(epoch, self._maker.sub_batches.rows, number=number, **self._layout)
+
+    def read(self, planned: Sequence[PlannedSubBatch]) -> Batch:
+        """A batch out of its turn, made in this process; DataError where it cannot be read."""
+        batch = self._maker[planned]
+        if isinstance(batch, UserError):
+            raise batch
+        if isinstance(batch, FileNews):
+            raise DataError(batch.bad[-1])
+        return batch
+
     def state_dict(self) -> dict[str, Any]:
         """Epoch and position of what has been handed out, and the plan that they refer to."""
         place = self.epoch, self.position, self.updates_per_epoch

@@ -144,6 +144,28 @@ class UpdateSampler:
             )
         return found
 
+    def largest(
+        self, epoch: int, rows: np.ndarray, *, number: int, world: int, concat: int, update_freq: int
+    ) -> list[list[PlannedSubBatch]]:
+        """The `number` micro-batches of an epoch, of all ranks, with most samples as they are padded, most first.
+
+        `rows`: of every sub-batch.
+        """
+        self._check_layout(world, concat, update_freq)
+        sub_batches = self._plan(epoch)[1]
+        sizes = []
+        for slot in range(world * update_freq):
+            joined = sub_batches[:, list(self._places(slot, world, concat, update_freq))]
+            sizes.append(rows[joined].sum(1) * self._lengths[joined].max(1))
+        slots, positions = np.unravel_index(
+            np.argsort(-np.concatenate(sizes), kind="stable")[:number], (len(sizes), len(sub_batches))
+        )
+        layout = {"world": world, "concat": concat, "update_freq": update_freq}
+        return [
+            self.micro_batches(epoch, position, rank=slot % world, **layout)[slot // world]
+            for slot, position in zip(slots.tolist(), positions.tolist(), strict=True)
+        ]
+
     def _check_layout(self, world: int, concat: int, update_freq: int) -> None:
         """Refuse a layout with too few places for an update, or with passes that it does not need."""
         number, per_pass = self.sub_batches_per_update, world * concat

@@ -25,6 +25,7 @@ LEAVES = (
     "host_memory",
     "distributed",
     "labels",
+    "memory",
     "preemption",
     "lock",
     "watchdog",
@@ -57,7 +58,8 @@ BLOCKS = (
 )
 ASSEMBLY = (
     *("arg_parser", "build", "build_data", "config_checks", "data_checks", "decoding", "evaluate"),
-    *("bad_batch", "faults", "health_rules", "latency", "layout", "logging", "run", "start", "transcribe", "convert"),
+    *("bad_batch", "faults", "health_rules", "latency", "layout", "logging", "memory_probe", "run", "start"),
+    *("transcribe", "convert"),
 )
 LAYERS = [  # from the bottom; an import points down or sideways
     {f"common.{name}" for name in LEAVES},

@@ -11,7 +11,7 @@ from common.errors import ConfigError
 from wav2vec2.arg_parser import parse_train
 from wav2vec2.config import Config, PrecisionConfig
 from wav2vec2.data_config import DataConfig, ShardConfig
-from wav2vec2.layout import scale_window, solved, sub_batches_per_update
+from wav2vec2.layout import scale_window, solved, sub_batches_per_update, with_fewer_joined
 
 
 def config(world_batches: int, concat: int, **shards: bool) -> Config:
@@ -50,6 +50,15 @@ def test_streams_need_a_layout_that_divides():
         solved(given, 24)
 
 
+def test_layouts_of_fewer_joined_keep_the_product():
+    data = DataConfig(num_concat_batches=8, update_freq=3)
+    found = [(smaller.num_concat_batches, smaller.update_freq) for smaller in with_fewer_joined(data, 5)]
+    assert found == [(6, 4), (4, 6), (3, 8), (2, 12), (1, 24)]
+    data = DataConfig(num_concat_batches=4, update_freq=1, world_batches=64)
+    found = [(smaller.num_concat_batches, smaller.update_freq) for smaller in with_fewer_joined(data, 24)]
+    assert found == [(3, 1), (2, 2), (1, 3)]
+
+
 def test_the_window_of_the_loss_scale_follows_the_solved_passes():
     given = replace(config(64, 8), precision=PrecisionConfig(fp16=True))
     assert scale_window(solved(given, 4), 4) == 2**14 // 4 // 2
@@ -64,3 +73,13 @@ def test_an_update_freq_of_another_product_is_refused_beside_it(tmp_path: Path, 
     assert parse_train([*command, "2"]).data.update_freq == 2
     with pytest.raises(ConfigError, match=r"--update_freq 1: --world_batches 64 makes it 2 .*drop one"):
         parse_train([*command, "1"])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [("--no_probe_memory",), ("--parallel", "fsdp"), ("--streaming", "--tarred_filepaths", "a", "--epoch_size", "9")],
+)
+def test_auto_batch_without_a_batch_that_is_tried_is_refused(tmp_path, more):
+    command = ["pretrain", "--data", str(tmp_path), "--output_dir", str(tmp_path / "run"), "--auto_batch"]
+    with pytest.raises(ConfigError, match="--auto_batch: has an effect only without"):
+        parse_train([*command, *more])

@@ -137,6 +137,28 @@ def test_where_processes_do_not_divide_an_update_it_is_dealt_as_evenly_as_possib
             assert [planned.index for planned in micro] == list(range(micro[0].index, micro[0].index + len(micro)))
 
 
+@pytest.mark.parametrize("layout", [(2, 2, 2), (8, 1, 1), (1, 8, 1), (3, 3, 1), (3, 1, 3)])
+def test_the_largest_micro_batches_are_those_that_a_search_finds(layout):
+    plan, lengths = sampler()
+    world, concat, update_freq = layout
+    split = {"world": world, "concat": concat, "update_freq": update_freq}
+    rows = np.random.default_rng(0).integers(1, 9, len(lengths))
+    found = plan.largest(2, rows, number=5, **split)
+    every = [
+        micro
+        for position in range(plan.updates_per_epoch)
+        for rank in range(world)
+        for micro in plan.micro_batches(2, position, rank=rank, **split)
+    ]
+
+    def padded(micro: list[PlannedSubBatch]) -> int:
+        longest = max(int(lengths[planned.sub_batch]) for planned in micro)
+        return longest * sum(int(rows[planned.sub_batch]) for planned in micro)
+
+    assert [padded(micro) for micro in found] == sorted(map(padded, every), reverse=True)[:5]
+    assert all(micro in every for micro in found)
+
+
 def test_a_layout_of_another_product_is_refused():
     plan, _ = sampler()
     with pytest.raises(ConfigError, match=r"--update_freq 3: .* 8 sub-batches"):
