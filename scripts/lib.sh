@@ -125,7 +125,7 @@ count_cuda_devices() {
 
 # set_processes PYTHON DEFAULT: NUM_NODES and NUM_GPUS (= processes per node); DEFAULT is a number, or "all" devices
 set_processes() {
-    : "${NUM_NODES:=1}" "${DEVICE:=auto}"
+    : "${NUM_NODES:=1}" "${MIN_NODES:=$NUM_NODES}" "${DEVICE:=auto}"
     if [ -z "${NUM_GPUS:-}" ]; then
         NUM_GPUS=$2
         if [ "$2" = all ]; then
@@ -134,7 +134,21 @@ set_processes() {
             if [ "$NUM_GPUS" = 0 ]; then NUM_GPUS=1; fi
         fi
     fi
-    require_count NUM_NODES NUM_GPUS
+    require_count NUM_NODES MIN_NODES NUM_GPUS
+    if [ "$MIN_NODES" -gt "$NUM_NODES" ]; then
+        usage_error "MIN_NODES=$MIN_NODES: must be at most NUM_NODES=$NUM_NODES, the number of machines with none lost"
+    fi
+    # A run that may lose machines starts again without them; any other ends with the first process that is lost.
+    if [ -z "${MAX_RESTARTS:-}" ]; then
+        MAX_RESTARTS=0
+        if [ "$MIN_NODES" -lt "$NUM_NODES" ]; then MAX_RESTARTS=10; fi
+    fi
+    case "$MAX_RESTARTS" in
+        0?* | *[!0-9]*) usage_error "MAX_RESTARTS=$MAX_RESTARTS: must be an integer of 0 or more" ;;
+    esac
+    if [ "$MAX_RESTARTS" -gt 0 ] && [ -n "${RESUME:-}" ] && ! is_true RESUME; then
+        usage_error "MAX_RESTARTS=$MAX_RESTARTS: a restart goes on from a checkpoint and needs RESUME=true; or set MAX_RESTARTS=0"
+    fi
 }
 
 # scaled NUMBER TIMES OVER: NUMBER x TIMES / OVER
@@ -150,6 +164,10 @@ solve_update_freq() {
     if [ -n "${WORLD_BATCHES:-}" ]; then require_count WORLD_BATCHES; fi
     per_pass=$((NUM_NODES * NUM_GPUS * NUM_CONCAT_BATCHES))
     wanted=${WORLD_BATCHES:-${RECIPE_BATCHES:-}}
+    if [ "$MIN_NODES" -lt "$NUM_NODES" ]; then
+        leave_update_freq "${wanted:-$((per_pass * ${UPDATE_FREQ:-1}))}"
+        return
+    fi
     if [ -z "$wanted" ]; then
         : "${UPDATE_FREQ:=1}"
         wanted=$((per_pass * UPDATE_FREQ))
@@ -164,6 +182,15 @@ solve_update_freq() {
         note "The recipe has $RECIPE_BATCHES. LEARNING_RATE stays $LEARNING_RATE; linear scaling would suggest" \
             "LEARNING_RATE=$(scaled "$LEARNING_RATE" "$wanted" "$RECIPE_BATCHES")"
     fi
+}
+
+# leave_update_freq WANTED: where machines may come and go, train.py divides WANTED by the processes that are there
+leave_update_freq() {
+    if [ -n "$UPDATE_FREQ" ] && [ $((per_pass * UPDATE_FREQ)) -ne "$1" ]; then refuse_layout "$1" "$per_pass"; fi
+    UPDATE_FREQ=''
+    OPTIONS+=(--world_batches "$1")
+    note "$1 sub-batches per update, shared among $MIN_NODES (MIN_NODES) to $NUM_NODES (NUM_NODES) machines" \
+        "x $NUM_GPUS (NUM_GPUS), $NUM_CONCAT_BATCHES (NUM_CONCAT_BATCHES) at a time"
 }
 
 # refuse_layout WANTED PER_PASS: stop, and print the values that would multiply to WANTED
@@ -263,21 +290,27 @@ finish() {
 
 # run_program PYTHON PROGRAM ARGUMENT...: the program in one process, or in NUM_GPUS processes on NUM_NODES machines
 run_program() {
-    local python=$1 program=$ROOT/$2 cores launcher=()
+    local python=$1 folder=$ROOT/ program=$2 cores launcher=()
     shift 2
     # a path that can be pasted: short where the user stands in the checkout
-    if [ "$PWD" -ef "$ROOT" ]; then program=${program#"$ROOT/"}; fi
+    if [ "$PWD" -ef "$ROOT" ]; then folder=''; fi
     if [ "$NUM_NODES" -gt 1 ]; then
-        case "${NODE_RANK:-}" in '' | *[!0-9]*) NODE_RANK=$NUM_NODES ;; esac
-        if [ "$NODE_RANK" -ge "$NUM_NODES" ] || [ -z "${MASTER_ADDR:-}" ]; then
-            usage_error "NUM_NODES=$NUM_NODES: needs NODE_RANK (0 to $((NUM_NODES - 1))) and MASTER_ADDR (host of node 0)"
+        if [ -z "${MASTER_ADDR:-}" ]; then
+            usage_error "NUM_NODES=$NUM_NODES: needs MASTER_ADDR, a machine of the run, by the name or address that the others know"
         fi
-        launcher=(-m torch.distributed.run --nnodes "$NUM_NODES" --node_rank "$NODE_RANK"
-            --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}" --nproc_per_node "$NUM_GPUS")
-    elif [ "$NUM_GPUS" -gt 1 ]; then
+        # The machines meet at MASTER_ADDR and number themselves; how soon one counts as lost: utils/launch.py
+        launcher=(--nnodes "$MIN_NODES:$NUM_NODES" --nproc_per_node "$NUM_GPUS" --max_restarts "$MAX_RESTARTS"
+            --rdzv_backend c10d --rdzv_endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}" --rdzv_id "${RDZV_ID:-wav2vec2}")
+        if [ -n "${JOIN_TIMEOUT:-}" ]; then
+            require_count JOIN_TIMEOUT
+            launcher+=(--rdzv_conf "join_timeout=$JOIN_TIMEOUT")
+        fi
+    elif [ "$NUM_GPUS" -gt 1 ] || [ "$MAX_RESTARTS" -gt 0 ]; then
         # --standalone takes a free port: several runs can share a machine
-        launcher=(-m torch.distributed.run --standalone --nproc_per_node "$NUM_GPUS")
+        launcher=(--standalone --nproc_per_node "$NUM_GPUS")
+        if [ "$MAX_RESTARTS" -gt 0 ]; then launcher+=(--max_restarts "$MAX_RESTARTS"); fi
     fi
+    if [ "${#launcher[@]}" -gt 0 ]; then launcher=("${folder}utils/launch.py" "${launcher[@]}"); fi
     if [ "$NUM_GPUS" -gt 1 ] && [ -z "${OMP_NUM_THREADS:-}" ]; then
         # processes that all take every core slow each other down
         cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || printf '1')
@@ -285,5 +318,5 @@ run_program() {
         if [ "$DEVICE" != cpu ] && [ -e /dev/nvidiactl ]; then OMP_NUM_THREADS=1; fi
         export OMP_NUM_THREADS
     fi
-    finish "$python" ${launcher[@]+"${launcher[@]}"} "$program" "$@"
+    finish "$python" ${launcher[@]+"${launcher[@]}"} "$folder$program" "$@"
 }

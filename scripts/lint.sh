@@ -15,4 +15,4 @@ fi
 # not in the environment when the machine's own Python has it
 shellcheck=$(dirname -- "$PYTHON")/shellcheck
 if [ ! -x "$shellcheck" ]; then shellcheck=shellcheck; fi
-"$shellcheck" scripts/*.sh scripts/docker/*.sh benchmarks/*.sh .ci/run
+"$shellcheck" scripts/*.sh scripts/*.sbatch scripts/docker/*.sh benchmarks/*.sh .ci/run

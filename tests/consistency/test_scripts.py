@@ -29,7 +29,9 @@ FINETUNE = [
     "finetune_tiny",
 ]
 INFERENCE = ["inference", "inference_benchmark"]
-ALL_SCRIPTS = sorted([*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("docker/*.sh"), ROOT / ".ci" / "run"])
+ALL_SCRIPTS = sorted(
+    [*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("*.sbatch"), *SCRIPTS.glob("docker/*.sh"), ROOT / ".ci" / "run"]
+)
 
 
 @pytest.fixture(scope="session")
@@ -361,7 +363,7 @@ def test_a_single_file_is_transcribed_without_a_subset(config):
         ({"NUM_GPUS": "8"}, "1"),
         ({"NUM_GPUS": "4", "NUM_CONCAT_BATCHES": "4"}, "4"),
         ({"NUM_GPUS": "64", "NUM_CONCAT_BATCHES": "1"}, "1"),
-        ({"NUM_NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a", "NUM_GPUS": "2", "NUM_CONCAT_BATCHES": "2"}, "8"),
+        ({"NUM_NODES": "2", "MASTER_ADDR": "a", "NUM_GPUS": "2", "NUM_CONCAT_BATCHES": "2"}, "8"),
         ({"UPDATE_FREQ": "8"}, "8"),
         ({"UPDATE_FREQUENCY": "8"}, "8"),
         ({"NUM_GPUS": "3", "NUM_CONCAT_BATCHES": "1", "WORLD_BATCHES": "66"}, "22"),
@@ -427,7 +429,11 @@ def test_another_number_of_sub_batches_leaves_the_learning_rate_and_prints_the_s
         {"WARMUP_PERCENT": "60", "HOLD_PERCENT": "41"},
         {"NUM_WARMUP_EPOCHS": "08", "NUM_EPOCHS": "1"},
         {"NUM_NODES": "2", "NUM_CONCAT_BATCHES": "1"},
-        {"NUM_NODES": "2", "NUM_CONCAT_BATCHES": "1", "NODE_RANK": "2", "MASTER_ADDR": "a"},
+        {"MIN_NODES": "3", "NUM_NODES": "2", "NUM_CONCAT_BATCHES": "1", "MASTER_ADDR": "a"},
+        {"MIN_NODES": "0", "NUM_NODES": "2", "NUM_CONCAT_BATCHES": "1", "MASTER_ADDR": "a"},
+        {"MAX_RESTARTS": "two", "NUM_GPUS": "2"},
+        {"MAX_RESTARTS": "2", "NUM_GPUS": "2", "RESUME": "false"},
+        {"JOIN_TIMEOUT": "1m", "NUM_NODES": "2", "NUM_CONCAT_BATCHES": "1", "MASTER_ADDR": "a"},
     ],
 )
 def test_a_value_that_cannot_be_is_a_usage_error_that_names_the_variable(variables, call):
@@ -588,36 +594,78 @@ def test_benchmarks_save_nothing_and_keep_layouts_apart(config, command):
 # -------------------------------------------------------------------------------------- processes and machines
 
 
-def test_one_process_is_started_by_python_and_several_by_torchrun(command):
+def test_one_process_is_started_by_python_and_several_by_the_launcher(command):
     assert command("pretrain_base")[:3] == ["python3", "train.py", "pretrain"]
     words = command("pretrain_base", NUM_GPUS="2")
-    assert words[1:7] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
+    assert words[1:6] == ["utils/launch.py", "--standalone", "--nproc_per_node", "2", "train.py"]
     words = command("inference", NUM_GPUS="2")
-    assert words[5:7] == ["2", "inference.py"]
+    assert words[4:6] == ["2", "inference.py"]
+    words = command("pretrain_base", NUM_GPUS="1", MAX_RESTARTS="3")
+    assert words[3:8] == ["--nproc_per_node", "1", "--max_restarts", "3", "train.py"]
 
 
-def test_several_machines_get_the_address_of_the_first(command):
-    machines = {"NUM_NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "1234", "NUM_GPUS": "8"}
+def test_several_machines_meet_at_the_address_of_one(command):
+    machines = {"NUM_NODES": "2", "MASTER_ADDR": "node0", "MASTER_PORT": "1234", "NUM_GPUS": "8", "SLURM_JOB_ID": "42"}
     words = command("multinode", str(SCRIPTS / "finetune_vox_100h.sh"), "--lr", "1", NUM_CONCAT_BATCHES="1", **machines)
     launcher = words[: words.index("train.py")]
-    given = dict(zip(launcher[3::2], launcher[4::2], strict=True))
+    assert launcher[1] == "utils/launch.py"
+    given = dict(zip(launcher[2::2], launcher[3::2], strict=True))
     assert given == {
-        "--nnodes": "2",
-        "--node_rank": "1",
-        "--master_addr": "node0",
-        "--master_port": "1234",
+        "--nnodes": "2:2",
         "--nproc_per_node": "8",
+        "--max_restarts": "0",
+        "--rdzv_backend": "c10d",
+        "--rdzv_endpoint": "node0:1234",
+        "--rdzv_id": "42",
     }
     assert words[words.index("--update_freq") + 1] == "1"
     assert words[-2:] == ["--lr", "1"]
 
 
-@pytest.mark.parametrize("missing", ["NUM_NODES", "NODE_RANK", "MASTER_ADDR"])
+def test_where_machines_may_be_lost_the_program_shares_the_sub_batches(command, call):
+    machines = {"NUM_NODES": "3", "MIN_NODES": "1", "MASTER_ADDR": "node0", "NUM_GPUS": "8", "JOIN_TIMEOUT": "60"}
+    words = command("pretrain_base", **machines)
+    launcher = words[: words.index("train.py")]
+    given = dict(zip(launcher[2::2], launcher[3::2], strict=True))
+    assert given["--nnodes"] == "1:3"
+    assert given["--max_restarts"] == "10"
+    assert given["--rdzv_conf"] == "join_timeout=60"
+    assert words[words.index("--world_batches") + 1] == "64"  # of the recipe, which 3 x 8 x 8 does not divide
+    assert "--update_freq" not in words
+    assert call("pretrain_base", UPDATE_FREQ="1", **machines).returncode == 2
+
+
+@pytest.mark.parametrize("missing", ["NUM_NODES", "MASTER_ADDR"])
 def test_a_machine_that_is_not_described_is_a_usage_error(missing, call):
-    machines = {"NUM_NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0", "NUM_CONCAT_BATCHES": "1", missing: None}
+    machines = {"NUM_NODES": "2", "MASTER_ADDR": "node0", "NUM_CONCAT_BATCHES": "1", missing: None}
     result = call("multinode", str(SCRIPTS / "pretrain_base.sh"), **machines)
     assert result.returncode == 2
     assert missing in result.stderr
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(0, False), (75, True), (1, False)])
+def test_a_slurm_job_that_was_stopped_is_put_back_into_the_queue(status, requeued, tmp_path):
+    """With stubs for Slurm's programs."""
+    stubs = {
+        "srun": f'echo "$NUM_NODES $MIN_NODES $MASTER_ADDR $*"; exit {status}',
+        "scontrol": 'if [ "$1" = show ]; then printf "node4\\nnode7\\n"; else echo "scontrol $*"; fi',
+    }
+    for name, body in stubs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "42", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[4,7]"}
+    done = subprocess.run(
+        [BASH, str(SCRIPTS / "slurm_pretrain.sbatch"), "--lr", "1"],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", **job},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == status, done.stderr
+    started, *more = done.stdout.splitlines()
+    assert started.startswith("2 1 node4 ")
+    assert started.endswith(" bash scripts/multinode.sh scripts/pretrain_base.sh --lr 1")
+    assert more == (["scontrol requeue 42"] if requeued else [])
 
 
 @pytest.mark.parametrize(

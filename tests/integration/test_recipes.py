@@ -103,10 +103,7 @@ def test_two_nodes_give_the_weights_of_two_processes(data, pretrained, tmp_path)
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"NUM_NODES": "2", "NUM_GPUS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OUTPUT_DIR": "out"}
-    nodes = [
-        start(["multinode.sh", "pretrain_base.sh"], tmp_path, data, NODE_RANK=str(rank), **shared, **HOURGLASS)
-        for rank in range(2)
-    ]
+    nodes = [start(["multinode.sh", "pretrain_base.sh"], tmp_path, data, **shared, **HOURGLASS) for _ in range(2)]
     for node in nodes:
         output, errors = node.communicate(timeout=300)
         assert node.returncode == 0, output[-2000:] + errors[-3000:]
