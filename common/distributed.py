@@ -193,10 +193,7 @@ def open_store(name: str, timeout: timedelta) -> dist.Store:
     """
     host, port = os.environ["MASTER_ADDR"], _environment_number("MASTER_PORT", 0)
     store = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
-    # One machine may keep its store over restarts. Several have a new one, and each counts only its own restarts.
-    alone = _environment_number("GROUP_WORLD_SIZE", 1) == 1
-    attempt = _environment_number("TORCHELASTIC_RESTART_COUNT", 0) if alone else 0
-    return dist.PrefixStore(f"{name}/{attempt}", store)
+    return dist.PrefixStore(name, store)
 
 
 def store_host() -> str:

@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -86,6 +87,7 @@ class Watchdog:
         self._rank, self._machine = distributed.rank(), distributed.machine()
         self._has_peers = distributed.world_size() > 1
         self._peers: dict[int, _Peer] = {}
+        self._name = ""
         self._place: tuple[str, int, tuple[str, ...]] = ("starting", 0, ())
         self._failure, self._ended, self._at_fault, self._beat = "", False, False, 0
         self._ticks_in_place = self._ticks_without_store = 0
@@ -97,6 +99,7 @@ class Watchdog:
         work = [self._judge] if self._hang_timeout or self._has_peers else []
         if self._has_peers:
             work.append(self._exchange)
+            self._name = distributed.broadcast_object(uuid.uuid4().hex)  # a store may outlive the processes before
         self._threads = [threading.Thread(target=part, name=f"watchdog {part.__name__}", daemon=True) for part in work]
         for thread in self._threads:
             thread.start()
@@ -145,7 +148,7 @@ class Watchdog:
 
     def _exchange(self) -> None:
         try:
-            store = distributed.open_store("watchdog", timedelta(seconds=self._heartbeat_timeout))
+            store = distributed.open_store(f"watchdog/{self._name}", timedelta(seconds=self._heartbeat_timeout))
             others = [rank for rank in range(distributed.world_size()) if rank != self._rank]
             met: list[int] = []
             while True:
