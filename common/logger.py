@@ -10,14 +10,15 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol, TextIO, TypeVar
 
 from common import distributed
-from common.errors import ConfigError
+from common.errors import ConfigError, TrainingError
 
 log = logging.getLogger(__name__)
 
@@ -142,9 +143,10 @@ class RunLogger:
         if not enabled:
             return
         folder = Path(output_dir)
+        self._path = folder / log_file
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lines = open_lines(folder / log_file)
+            self._lines = open_lines(self._path)
         except OSError as error:
             raise ConfigError(
                 f"--output_dir {folder}: {log_file} cannot be written ({error.strerror}); "
@@ -161,6 +163,9 @@ class RunLogger:
             step: (epoch, update), (epoch,) or () for the whole run.
             console: False where the caller shows the values its own way.
             values: name -> value; a KeyError names a metric that is not in the table.
+
+        Raises:
+            TrainingError: the disk is full or fails.
         """
         unknown = [name for name in values if name not in self._metrics]
         if unknown:
@@ -173,26 +178,28 @@ class RunLogger:
         if console:
             self.console(self._line(scope, step, ordered))
         now, elapsed = self._now()
-        for name in ordered:
-            self._describe(f"{scope}_{name}", name, now, elapsed)
         # JSON knows no NaN and no infinity
         data = {f"{scope}_{name}": value if math.isfinite(value) else None for name, value in ordered.items()}
-        self._lines.log(now, elapsed, step, data)
-        # a killed run keeps all its lines
-        self._lines.flush()
-        if self._board is not None:
-            for name, value in ordered.items():
-                self._board.add_scalar(f"{scope}/{name}", value, self._update)
+        with self._writing():
+            for name in ordered:
+                self._describe(f"{scope}_{name}", name, now, elapsed)
+            self._lines.log(now, elapsed, step, data)
+            # a killed run keeps all its lines
+            self._lines.flush()
+            if self._board is not None:
+                for name, value in ordered.items():
+                    self._board.add_scalar(f"{scope}/{name}", value, self._update)
 
     def parameters(self, values: Mapping[str, Any]) -> None:
         """Log what is needed to repeat the run (plain values that JSON can hold)."""
         if self._lines is None:
             return
-        self._lines.log(*self._now(), "PARAMETER", dict(values))
-        self._lines.flush()
-        if self._board is not None:
-            text = json.dumps(values, indent=2)
-            self._board.add_text("parameters", "\n".join("    " + line for line in text.splitlines()))
+        with self._writing():
+            self._lines.log(*self._now(), "PARAMETER", dict(values))
+            self._lines.flush()
+            if self._board is not None:
+                text = json.dumps(values, indent=2)
+                self._board.add_text("parameters", "\n".join("    " + line for line in text.splitlines()))
 
     def console(self, line: str) -> None:
         """Print a line, without a file entry."""
@@ -200,13 +207,26 @@ class RunLogger:
             log.info("%s", line)
 
     def close(self) -> None:
-        """Write out everything and close the files; later calls do nothing."""
-        if self._lines is not None:
-            self._lines.flush()
-            self._lines.file.close()
-        if self._board is not None:
-            self._board.close()
-        self._lines, self._board = None, None
+        """Write out everything and close the files; later calls do nothing. What cannot be written is told."""
+        lines, board = self._lines, self._board
+        self._lines = self._board = None
+        for file in (lines.file if lines else None, board):
+            try:
+                if file is not None:
+                    file.close()
+            except OSError as error:  # by now it is known how the run ended, which counts more
+                log.warning("%s: its end could not be written (%s)", self._path.parent, error.strerror)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Let a full disk end the run in one line."""
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(
+                f"{self._path}: could not be written ({error.strerror}); free some space and go on with --resume "
+                "(checkpoints are untouched)"
+            ) from error
 
     def _now(self) -> tuple[datetime, float]:
         now = datetime.now()

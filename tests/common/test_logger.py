@@ -9,11 +9,12 @@ import math
 import re
 import sys
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 
 from common import distributed, logger
-from common.errors import ConfigError
+from common.errors import ConfigError, TrainingError
 from common.logger import JsonLines, MetricInfo, RunLogger, open_lines, progress, setup_console
 
 METRICS = {
@@ -177,6 +178,18 @@ def test_a_folder_that_cannot_be_written_names_the_flag(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"--output_dir .*file: nvlog.json cannot be written"):
         make_logger(tmp_path / "file")
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_can_still_be_closed(tmp_path, caplog, no_dllogger):
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    (tmp_path / "nvlog.json").symlink_to("/dev/full")
+    run = make_logger(tmp_path)
+    with pytest.raises(TrainingError, match=r"nvlog\.json: could not be written \(No space left.*--resume"):
+        run.log("train", (1, 1), {"loss": 1.0})
+    run.close()
+    assert "its end could not be written (No space left" in caplog.text
+    run.close()
 
 
 def test_other_ranks_write_nothing(tmp_path, caplog):
