@@ -9,7 +9,7 @@ import re
 import resource
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from common import checkpoint
 from common.torch_file import DamagedError
 
 BEFORE, NEWEST = UPDATES - 6, UPDATES - 3  # updates of the checkpoints in a folder to which damage is done
-SPOTS_OF_TABLES = 2**14  # bytes at the beginning and at the end of a file, where its tables lie
+BYTES_OF_TABLES = 2**14  # at the beginning and at the end of a file, where its tables lie
 TMPFS_CHECKPOINTS = 12  # that the small disk has room for
 FULL_DISK = r"^error: .*(No space left|File too large|the disk has)"
 
@@ -58,8 +58,8 @@ def flipped(bench: Bench, runs: int, read: int) -> Iterator[Try]:
     size = bench.reference(PRETRAIN).size
 
     def flip(number: int) -> Callable[[Path], str]:
-        anywhere, start, end = draws.randrange(size), draws.randrange(SPOTS_OF_TABLES), draws.randrange(SPOTS_OF_TABLES)
-        place, bit = (anywhere, start, size - 1 - end)[number % 3], draws.randrange(8)
+        anywhere, near_an_end = draws.randrange(size), draws.randrange(min(size, BYTES_OF_TABLES))
+        place, bit = (anywhere, near_an_end, size - 1 - near_an_end)[number % 3], draws.randrange(8)
 
         def damage(path: Path) -> str:
             content = bytearray(path.read_bytes())
@@ -159,24 +159,20 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
         subprocess.run(["umount", str(folder)], check=True)  # noqa: S603, S607
 
 
-def full_disk(bench: Bench) -> Iterator[Try]:
-    """The disk fills up beside a run, with half a checkpoint left or nothing at all; later there is room again."""
+def full_disk(bench: Bench, shares: Sequence[float] = (0.5, 0.0)) -> Iterator[Try]:
+    """The disk fills up beside a run, but for such a share of a checkpoint; later there is room again."""
     size = bench.reference(PRETRAIN).size
-    for left in (size // 2, 0):
+    for share in shares:
         with small_disk(bench.new_folder() / "disk", TMPFS_CHECKPOINTS * size) as folder:
-            yield _full(bench, folder, left)
-
-
-def _full(bench: Bench, folder: Path, left: int) -> Try:
-    filler = folder / "filler"
-    with bench.training(PRETRAIN, folder) as run:
-        run.until("rename", SAVED)
-        fill(filler, left)
-        wrong = wrong_after_full_disk(bench.reference(PRETRAIN), run)
-    before = newest(folder)
-    filler.unlink()
-    after, lost = finish(bench, PRETRAIN, folder)
-    return Try(wrong=wrong or after, updates_lost=lost, note=f"{left} bytes left, checkpoint {before} kept")
+            filler = folder / "filler"
+            with bench.training(PRETRAIN, folder) as run:
+                run.until("rename", SAVED)
+                fill(filler, int(share * size))
+                wrong = wrong_after_full_disk(bench.reference(PRETRAIN), run)
+            kept = newest(folder)
+            filler.unlink()
+            after, lost = finish(bench, PRETRAIN, folder)
+            yield Try(wrong=wrong or after, updates_lost=lost, note=f"{share:.0%} of one left, checkpoint {kept} kept")
 
 
 def fill(filler: Path, left: int) -> None:

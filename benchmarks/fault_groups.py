@@ -9,7 +9,7 @@ import re
 import resource
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 import soundfile
 import torch
 
-from benchmarks.fault_kills import Try, finish, newest
+from benchmarks.fault_kills import Try, finish, finished, newest
 from benchmarks.fault_runs import DEADLINE, Training
 from benchmarks.faults_made import GROUP, PRETRAIN, SAVED, TORCHRUN, UPDATE_LINE, UPDATES, Bench, Recipe
 from common import checkpoint
@@ -28,23 +28,29 @@ STANDING = r"process {rank} \(host \S+, pid {pid}\).*update \d+"
 MOST_MEMORY = 8 * 2**20  # bytes that a process may still take
 HUGE, SELDOM = 3.4e38, 100  # a sample, finite unlike what becomes of it; every how many have the other sign
 WITHOUT_DROPOUT = ("--dropout", "0", "--attention_dropout", "0")  # which alone depends on the number of processes
+HITS = [(number, rank) for number in (signal.SIGKILL, signal.SIGSTOP) for rank in range(GROUP.processes)]
+MOST_AHEAD = 3  # updates of each group until it is hit: all of them together are fewer than a run has
 ATOL, RTOL = 2e-5, 1e-4
 
 
-def lost_process(bench: Bench, number: int, launcher: tuple[str, ...] = TORCHRUN) -> Iterator[Try]:
-    """A signal that cannot be caught (SIGKILL or SIGSTOP) to each process of a group: all end, and say which it was."""
+def lost_process(
+    bench: Bench, hits: Sequence[tuple[int, int]] = HITS, launcher: tuple[str, ...] = TORCHRUN
+) -> Iterator[Try]:
+    """One run and some (signal, process) that cannot be caught: each time all end, say which it was, and go on."""
     draws = random.Random(bench.seed)  # noqa: S311 - no secrets
-    for rank in range(GROUP.processes):
-        folder, update = bench.new_folder(), draws.randint(4, UPDATES - 4)
+    folder = bench.new_folder()
+    tries = []
+    for number, rank in hits:
         with bench.training(GROUP, folder, launcher=launcher) as run:
-            run.until("line", UPDATE_LINE.replace(r"\d+", str(update)))
+            for _ in range(draws.randint(1, MOST_AHEAD)):
+                update = int(run.until("line", UPDATE_LINE)[1])
             pids = run.ranks()
             run.signal(number, pids[rank])
             wrong, seconds = wrong_after_loss(bench, run, rank, pids[rank])
         kept = newest(folder)
-        after, lost = finish(bench, GROUP, folder, launcher=launcher)
-        note = f"process {rank} at update {update}, checkpoint {kept}"
-        yield Try(wrong=wrong or after, updates_lost=lost, repeated=update - kept, seconds_to_end=seconds, note=note)
+        note = f"{signal.Signals(number).name} to process {rank} at update {update}, checkpoint {kept}"
+        tries.append(Try(wrong=wrong, repeated=max(update - kept, 0), seconds_to_end=seconds, note=note))
+    yield from finished(bench, GROUP, folder, tries, launcher=launcher)
 
 
 def wrong_after_loss(bench: Bench, run: Training, rank: int, pid: int) -> tuple[str, float]:

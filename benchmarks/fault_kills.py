@@ -85,10 +85,7 @@ def _lap(bench: Bench, recipe: Recipe, reference: Reference, waiting: list[Point
                 waiting.pop(0)
                 killed.wrong = _wrong_after_kill(reference, folder)
                 tries.append(killed)
-    wrong, lost = finish(bench, recipe, folder)
-    for one in tries:
-        one.wrong, one.updates_lost = one.wrong or wrong, lost
-    return tries
+    return finished(bench, recipe, folder, tries)
 
 
 def _kill(run: Training, point: Point, reference: Reference, resumed: int) -> Try | None:
@@ -153,3 +150,11 @@ def finish(bench: Bench, recipe: Recipe, folder: Path, **how: Any) -> tuple[str,
         return f"the same command ended with status {status}: {said}", lost
     where = reference.differs(checkpoint.update_path(folder, UPDATES))
     return (f"the result differs in {where}" if where else ""), lost
+
+
+def finished(bench: Bench, recipe: Recipe, folder: Path, tries: list[Try], **how: Any) -> list[Try]:
+    """The faults of one run, none of which is survived unless the same command comes to the right end."""
+    wrong, lost = finish(bench, recipe, folder, **how)
+    for one in tries:
+        one.wrong, one.updates_lost = one.wrong or wrong, lost
+    return tries

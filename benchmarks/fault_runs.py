@@ -145,6 +145,8 @@ class Training:
     @property
     def status(self) -> int:
         """The status of a run that has ended, negative for a signal. It stays a zombie until the block ends."""
+        if self.process.returncode is not None:
+            return self.process.returncode
         found = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
         if found is None:  # only with WNOHANG
             raise WrongError("has not ended")

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.fault_kills import Try, finish, newest
+from benchmarks.fault_kills import Try, finish, finished, newest
 from benchmarks.fault_runs import Event, Training
 from benchmarks.faults_made import GROUP, LAUNCH, PRETRAIN, RECIPES, UPDATE_LINE, UPDATES, Bench, Recipe
 from common import checkpoint
@@ -24,28 +24,30 @@ WITH_WORKERS = RECIPES[1]
 LONG_UPDATES = ("--update_freq", "200")  # which take many seconds
 AT_ONCE = 10.0  # seconds; starting and ending a process take some, too
 BETWEEN_PRESSES = 0.2
+MOST_AHEAD = 2  # updates of each process until it is asked to stop: all of them together are fewer than a run has
 
 
 def stopped(bench: Bench, recipe: Recipe, launcher: tuple[str, ...] = (), code: int | None = STOPPED) -> Iterator[Try]:
-    """Each signal, to the process that was started: it ends with its status, has saved, and goes on.
+    """One run and all signals, one after another, to the process that was started: it ends, has saved, and goes on.
 
     `code`: the status; None: any but 0, which is what other launchers promise.
     """
     draws = random.Random(bench.seed)  # noqa: S311 - no secrets
     how: dict[str, Any] = {"launcher": launcher} if launcher else {}
+    folder = bench.new_folder()
+    tries = []
     for number in SIGNALS:
-        folder, update = bench.new_folder(), draws.randint(2, UPDATES - 4)
         with bench.training(recipe, folder, **how) as run:
-            run.until("line", UPDATE_LINE.replace(r"\d+", str(update)))
+            for _ in range(draws.randint(1, MOST_AHEAD)):
+                update = run.until("line", UPDATE_LINE)[1]
             ask(run, number, everyone=bool(launcher) and code is None)
             begun = time.monotonic()
             status = run.end()
             seconds = time.monotonic() - begun
         wrong = _wrong_after_stop(bench, recipe, run, status, code)
-        kept = newest(folder)
-        after, lost = finish(bench, recipe, folder, **how)
-        note = f"{number.name} after update {update}, checkpoint {kept}, status {status}"
-        yield Try(wrong=wrong or after, updates_lost=lost, seconds_to_end=seconds, note=note)
+        note = f"{number.name} after update {update}, checkpoint {newest(folder)}, status {status}"
+        tries.append(Try(wrong=wrong, seconds_to_end=seconds, note=note))
+    yield from finished(bench, recipe, folder, tries, **how)
 
 
 def of_group(bench: Bench, launcher: tuple[str, ...]) -> Iterator[Try]:

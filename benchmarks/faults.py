@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import tempfile
 import time
@@ -73,18 +72,17 @@ class Fault:
 @dataclass(frozen=True)
 class Sizes:
     """How often everything is tried: kills of the first recipe and of each other one, damaged files that a run meets
-    and that are only read, and whether both launchers get every fault.
+    and that are only read.
     """
 
     kills: int
     kills_of_others: int
     damaged_runs: int
     damaged_read: int
-    both_launchers: bool
 
 
-FULL = Sizes(27, 27, 8, 300, both_launchers=True)
-QUICK = Sizes(9, 2, 1, 40, both_launchers=False)
+FULL = Sizes(27, 27, 8, 300)
+QUICK = Sizes(9, 2, 1, 40)
 
 
 @dataclass(frozen=True)
@@ -144,10 +142,10 @@ def faults(sizes: Sizes) -> list[Fault]:
         Fault("signals", f"SIGTERM, SIGINT, SIGUSR1; 2 processes, {name}", partial(fault_signals.of_group, launcher=of))
         for name, of in launchers.items()
     ]
-    for name, of in list(launchers.items())[: 2 if sizes.both_launchers else 1]:
-        for number in (signal.SIGKILL, signal.SIGSTOP):
-            what = f"{number.name} to one of 2, {name}"
-            of_groups.append(Fault("processes", what, partial(fault_groups.lost_process, number=number, launcher=of)))
+    of_groups += [
+        Fault("processes", f"SIGKILL, SIGSTOP to each of 2, {name}", partial(fault_groups.lost_process, launcher=of))
+        for name, of in launchers.items()
+    ]
     kills = [
         Fault(
             "kill -9",
