@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.fault_kills import Try, finish, newest
-from benchmarks.fault_runs import HungError, SkippedError, Training, WrongError
+from benchmarks.fault_runs import PATIENCE, HungError, SkippedError, Training, WrongError
 from benchmarks.faults_made import PRETRAIN, SAVED, UPDATES, Bench, Recipe, Reference
 from common import checkpoint
 from common.torch_file import DamagedError
@@ -96,7 +96,7 @@ def _damaged(bench: Bench, damages: list[Callable[[Path], str]], runs: int, read
         note = damage(path)
         found = _outcome_of_reading(reference, path)
         with bench.training(PRETRAIN, folder) as run:
-            status, said, last = run.end(), run.said, run.last_words
+            status, said, last = run.end(PATIENCE), run.said, run.last_words
         wrong = f"ended with status {status}: {last}" if status else ""
         if not wrong and found == "detected" and not re.search(rf"WARNING: .*{path.name}.*the checkpoint before", said):
             wrong = f"{path.name} was not reported"

@@ -8,6 +8,7 @@ import random
 import re
 import resource
 import signal
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -19,8 +20,19 @@ import soundfile
 import torch
 
 from benchmarks.fault_kills import Try, finish, finished, newest
-from benchmarks.fault_runs import DEADLINE, Training
-from benchmarks.faults_made import GROUP, PRETRAIN, SAVED, TORCHRUN, UPDATE_LINE, UPDATES, Bench, Recipe
+from benchmarks.fault_runs import PATIENCE, HungError, Training
+from benchmarks.faults_made import (
+    GROUP,
+    LAUNCH,
+    MEETING,
+    PRETRAIN,
+    SAVED,
+    TORCHRUN,
+    UPDATE_LINE,
+    UPDATES,
+    Bench,
+    Recipe,
+)
 from common import checkpoint
 
 # how a line names a process and where it stands: see common/watchdog.py
@@ -30,6 +42,7 @@ HUGE, SELDOM = 3.4e38, 100  # a sample, finite unlike what becomes of it; every 
 WITHOUT_DROPOUT = ("--dropout", "0", "--attention_dropout", "0")  # which alone depends on the number of processes
 HITS = [(number, rank) for number in (signal.SIGKILL, signal.SIGSTOP) for rank in range(GROUP.processes)]
 MOST_AHEAD = 3  # updates of each group until it is hit: all of them together are fewer than a run has
+BETWEEN_LOOKS = 0.1  # seconds
 ATOL, RTOL = 2e-5, 1e-4
 
 
@@ -56,7 +69,7 @@ def lost_process(
 def wrong_after_loss(bench: Bench, run: Training, rank: int, pid: int) -> tuple[str, float]:
     """What is wrong with how a group ended that has lost a process, and the seconds it took."""
     begun = time.monotonic()
-    status = run.end(DEADLINE)
+    status = run.end()
     seconds = time.monotonic() - begun
     alive = [one for one in run.ranks().values() if one != pid]
     if status == 0 or alive:
@@ -67,6 +80,47 @@ def wrong_after_loss(bench: Bench, run: Training, rank: int, pid: int) -> tuple[
     if left and bench.reference(GROUP).reached(run.folder) != left:
         return f"checkpoint {left} is not what it should be", seconds
     return "", seconds
+
+
+def lost_machine(bench: Bench) -> Iterator[Try]:
+    """Two launchers, one of which is killed with all that it has started; another one takes its place."""
+    folder, port = bench.new_folder(), free_port()
+    launcher = (*LAUNCH, "--nnodes=2", "--nproc_per_node=1", "--max_restarts=3", MEETING)
+    how: dict[str, Any] = {"launcher": (*launcher, f"--rdzv_endpoint=127.0.0.1:{port}")}
+    with bench.training(GROUP, folder, **how) as first:
+        wait_for_port(port)  # the first one has what they meet by
+        with bench.training(GROUP, folder, **how) as second:
+            first.until("rename", SAVED)
+            for pid in second.members():
+                second.signal(signal.SIGKILL, pid)
+            second.end()
+        begun, kept = time.monotonic(), newest(folder)
+        with bench.training(GROUP, folder, **how):
+            status = first.end(PATIENCE)
+        seconds, said = time.monotonic() - begun, first.last_words
+    reference = bench.reference(GROUP)
+    lost = UPDATES - reference.reached(folder)
+    wrong = f"the other launcher ended with status {status}: {said}" if status else ""
+    wrong = wrong or ("" if lost == 0 else "the result differs")
+    yield Try(wrong=wrong, updates_lost=lost, note=f"checkpoint {kept}; at the end again after {seconds:.0f} s")
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def wait_for_port(port: int) -> None:
+    """Until somebody listens there. HungError if nobody does."""
+    latest = time.monotonic() + PATIENCE
+    while time.monotonic() < latest:
+        with socket.socket() as one:
+            if one.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(BETWEEN_LOOKS)
+    raise HungError(f"nobody listens at port {port}")
 
 
 def out_of_memory(bench: Bench) -> Iterator[Try]:
@@ -95,6 +149,7 @@ def bad_file(bench: Bench, recipe: Recipe = GROUP) -> Iterator[Try]:
     with bench.training(recipe, folder, data=data) as run:
         run.until("rename", SAVED)
         victim.write_bytes(bytes(len(whole)))
+        run.until("line", r"^error: ")  # when its turn comes
         begun = time.monotonic()
         status = run.end()
         seconds = time.monotonic() - begun
@@ -115,6 +170,7 @@ def not_a_number(bench: Bench) -> Iterator[Try]:
     with bench.training(PRETRAIN, folder, data=data) as run:
         run.until("rename", SAVED)
         spoil(victim)
+        run.until("line", r"^error: ")
         begun = time.monotonic()
         status = run.end()
         seconds = time.monotonic() - begun
@@ -134,7 +190,7 @@ def rolled_back(bench: Bench) -> Iterator[Try]:
     with bench.training(PRETRAIN, folder, "--on_nan", "rollback", data=data) as run:
         run.until("rename", SAVED)
         spoil(data / "train" / "0.wav")
-        status = run.end(2 * DEADLINE)
+        status = run.end(PATIENCE)
     last = checkpoint.update_path(folder, UPDATES)
     wrong = "" if status == 0 and last.exists() else f"status {status}: {run.last_words}"
     weights = checkpoint.load(last)["model"] if last.exists() else {}
@@ -159,7 +215,7 @@ def other_numbers(bench: Bench) -> Iterator[Try]:
     two = replace(one, flags=(*one.flags, "--update_freq", "1"), processes=2)
     straight, mixed = bench.new_folder(), bench.new_folder()
     with bench.training(one, straight) as run:
-        status = run.end()
+        status = run.end(PATIENCE)
     wrong = f"status {status}: {run.last_words}" if status else ""
     said = ""
     for recipe, update in ((one, 5), (two, 11), (one, UPDATES)):
@@ -168,7 +224,7 @@ def other_numbers(bench: Bench) -> Iterator[Try]:
                 run.until("line", UPDATE_LINE.replace(r"\d+", str(update)))
                 for pid in run.ranks().values() if recipe.processes > 1 else [run.process.pid]:
                     run.signal(signal.SIGTERM, pid)
-            status = run.end()
+            status = run.end(PATIENCE)
             said += run.said
         if (status != 0) == (update == UPDATES):
             wrong = wrong or f"status {status}: {run.last_words}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fault_runs import DEADLINE, HungError, Training, WrongError
+from benchmarks.fault_runs import PATIENCE, HungError, Training, WrongError
 from benchmarks.faults_made import PHASES, TEMPORARY, UPDATE_LINE, UPDATES, Bench, Recipe, Reference
 from common import checkpoint
 
@@ -111,7 +111,7 @@ def _kill(run: Training, point: Point, reference: Reference, resumed: int) -> Tr
             reached = max([reached, *(int(line[1]) for text in run.lines if (line := re.search(UPDATE_LINE, text)))])
             repeated = reached - newest(run.folder)
             return Try(repeated=repeated, seconds_to_end=seconds, note=_note(point, run.folder, reached))
-    raise HungError(f"nothing to be seen of {point} in {DEADLINE:.0f} s: {run.last_words}")
+    raise HungError(f"nothing to be seen of {point} in {PATIENCE:.0f} s: {run.last_words}")
 
 
 def _note(point: Point, folder: Path, reached: int) -> str:
@@ -143,7 +143,7 @@ def finish(bench: Bench, recipe: Recipe, folder: Path, **how: Any) -> tuple[str,
     """
     reference = bench.reference(recipe)
     with bench.training(recipe, folder, **how) as run:
-        status = run.end(2 * DEADLINE)
+        status = run.end(PATIENCE)
         said = run.last_words
     lost = UPDATES - reference.reached(folder)
     if status:

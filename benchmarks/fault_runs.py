@@ -20,7 +20,8 @@ from pathlib import Path
 from types import TracebackType
 
 ROOT = Path(__file__).resolve().parent.parent
-DEADLINE = 60.0  # seconds in which a run must end, or say the next thing
+DEADLINE = 60.0  # seconds in which a run must end after a fault
+PATIENCE = 300.0  # seconds until a run must have come to where the fault is done to it, or to its own end
 MARK = "WAV2VEC2_FAULT"  # in the environment of every process of a run
 # What inotify tells, from <sys/inotify.h>
 FILE_EVENTS = {0x100: "create", 0x8: "close", 0x80: "rename", 0x200: "delete"}
@@ -109,7 +110,7 @@ class Training:
         """All that it said so far."""
         return "\n".join(self.lines)
 
-    def until(self, kind: str, pattern: str = "", seconds: float = DEADLINE) -> re.Match[str]:
+    def until(self, kind: str, pattern: str = "", seconds: float = PATIENCE) -> re.Match[str]:
         """Wait for an event whose text the pattern is found in.
 
         Raises:
@@ -130,7 +131,7 @@ class Training:
             raise HungError(f"did not end in {seconds:.0f} s: {self.last_words}")
         return self.status
 
-    def events(self, seconds: float = DEADLINE) -> Iterator[Event]:
+    def events(self, seconds: float = PATIENCE) -> Iterator[Event]:
         """What happens from now on for so many seconds, or until the run has ended."""
         latest = time.monotonic() + seconds
         while self._waiting or (left := latest - time.monotonic()) > 0:

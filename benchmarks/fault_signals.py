@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.fault_kills import Try, finish, finished, newest
-from benchmarks.fault_runs import Event, Training
+from benchmarks.fault_runs import PATIENCE, Event, Training
 from benchmarks.faults_made import GROUP, LAUNCH, PRETRAIN, RECIPES, UPDATE_LINE, UPDATES, Bench, Recipe
 from common import checkpoint
 from common.errors import ConfigError
@@ -115,7 +115,7 @@ def second_run(bench: Bench) -> Iterator[Try]:
             status, said = second.end(), second.last_words
             seconds = time.monotonic() - begun
         first.signal(signal.SIGCONT)
-        ended = first.end()
+        ended = first.end(PATIENCE)
     wrong = "" if status == ConfigError.exit_status and f"is in use by another run (process {pid} on" in said else said
     wrong = wrong or (f"the first ended with status {ended}" if ended else "")
     reference = bench.reference(PRETRAIN)

@@ -71,9 +71,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How often everything is tried: kills of the first recipe and of each other one, damaged files that a run meets
-    and that are only read.
-    """
+    """How often: kills of the first recipe and of each other one, damaged files that a run meets and that are read."""
 
     kills: int
     kills_of_others: int
@@ -146,6 +144,7 @@ def faults(sizes: Sizes) -> list[Fault]:
         Fault("processes", f"SIGKILL, SIGSTOP to each of 2, {name}", partial(fault_groups.lost_process, launcher=of))
         for name, of in launchers.items()
     ]
+    of_groups.append(Fault("processes", "a launcher of 2 and its process killed, a new one", fault_groups.lost_machine))
     kills = [
         Fault(
             "kill -9",

@@ -93,6 +93,7 @@ GROUP = Recipe(
 ALL = (*RECIPES, GROUP)
 TORCHRUN = ("-m", "torch.distributed.run")
 LAUNCH = (str(ROOT / "utils" / "launch.py"),)
+MEETING = "--rdzv_backend=c10d"  # of several launchers
 
 
 # ---- Corpus ---------------------------------------------------------------------------------------------------------
@@ -196,8 +197,8 @@ class Bench:
         """A run. `launcher`: of several processes, with its flags; `data`: a corpus of its own."""
         program = [str(ROOT / "train.py"), *self.arguments(recipe, output, *more, data=data)]
         if recipe.processes > 1:
-            nodes = [] if any(flag.startswith("--nnodes") for flag in launcher) else ["--standalone"]
-            program = [*launcher, *nodes, f"--nproc_per_node={recipe.processes}", *program]
+            alone = ("--standalone", f"--nproc_per_node={recipe.processes}")
+            program = [*launcher, *(() if MEETING in launcher else alone), *program]
         return Training([sys.executable, *program], output)
 
     def reference(self, recipe: Recipe) -> Reference:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from tiny import MODEL_FLAGS, corpus
 import train
 from common import checkpoint
 from common.errors import CheckpointError, ConfigError, DataError, TrainingError
+from utils import make_shards
 from wav2vec2.run import Run
 
 QUICK = ("--num_workers", "0", "--device", "cpu", "--log_frequency", "5", "--validate_frequency", "100")
@@ -99,6 +101,9 @@ RESUMED = {
     "pretrain_bf16": ("--bf16", "--ema", "0.9"),
     "finetune": ("--freeze_finetune_updates", "2", "--final_dropout", "0.1"),
     "finetune_workers": ("--num_workers", "2", "--bf16"),
+    "finetune_fp16": ("--fp16", "--ema", "0.9", "--update_freq", "2"),
+    "pretrain_shards": ("--ema", "0.9", "--update_freq", "2"),
+    "finetune_shards_workers": ("--num_workers", "2", "--fp16"),
 }
 
 
@@ -106,6 +111,12 @@ RESUMED = {
 @pytest.mark.parametrize("stop", [3, 5])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(data, pretrained, tmp_path, monkeypatch, name, stop):
     more = (*RESUMED[name], "--save_interval_updates", "1")
+    if "shards" in name:
+        make_shards.main([str(data / "train.tsv"), str(tmp_path / "shards"), "--num_shards", "3"])
+        for file in ("valid.tsv", "valid.ltr", "dict.ltr.txt"):
+            shutil.copy(data / file, tmp_path / "shards")
+        data = tmp_path / "shards"
+        more += ("--is_tarred", "--tarred_filepaths", str(data / "train-{000000..000002}.tar"))
 
     def run(output: Path, *extra: str) -> dict[str, Any]:
         if name.startswith("pretrain"):
