@@ -185,18 +185,21 @@ def not_a_number(bench: Bench) -> Iterator[Try]:
 
 
 def rolled_back(bench: Bench) -> Iterator[Try]:
-    """The same with --on_nan rollback: the run goes back by itself, leaves the batch out, and comes to its end."""
+    """The same with --on_nan rollback: the run goes back by itself, leaves the update out, and comes to its end."""
     folder, data = bench.new_folder(), bench.files_of_its_own()
+    victim = data / "train" / "0.wav"
+    whole = victim.read_bytes()
     with bench.training(PRETRAIN, folder, "--on_nan", "rollback", data=data) as run:
         run.until("rename", SAVED)
-        spoil(data / "train" / "0.wav")
+        spoil(victim)
+        told = run.until("line", "not finite.*goes on from .* without this update")
+        victim.write_bytes(whole)  # a run goes back once
         status = run.end(PATIENCE)
     last = checkpoint.update_path(folder, UPDATES)
     wrong = "" if status == 0 and last.exists() else f"status {status}: {run.last_words}"
     weights = checkpoint.load(last)["model"] if last.exists() else {}
     finite = all(bool(torch.isfinite(weight).all()) for weight in weights.values())
-    wrong = wrong or ("" if finite else "the weights at the end are not finite")
-    yield Try(wrong=wrong, note=next((line for line in run.lines if "rollback" in line or "rolled" in line), "")[:200])
+    yield Try(wrong=wrong or ("" if finite else "the weights at the end are not finite"), note=told[0][:200])
 
 
 def spoil(path: Path) -> None:

@@ -31,6 +31,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import socket
 import sys
 import tempfile
 import time
@@ -48,7 +50,7 @@ import torch
 
 from benchmarks import fault_files, fault_groups, fault_signals
 from benchmarks.fault_kills import Try, killed_at_points
-from benchmarks.fault_runs import HungError, SkippedError, WrongError
+from benchmarks.fault_runs import ROOT, HungError, SkippedError, WrongError
 from benchmarks.faults_made import GROUP, LAUNCH, PRETRAIN, RECIPES, TORCHRUN, Bench
 from benchmarks.provenance import provenance
 from benchmarks.step import check_writable
@@ -117,8 +119,8 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"--only {options.only}: is in the name of no fault; leave it out to see the names")
     with tempfile.TemporaryDirectory(prefix="faults") as folder:
         found = try_all(chosen, Bench(Path(folder), options.seed), options.jobs or usable_cores())
-        text = json.dumps(report(found), indent=2).replace(folder, "WORK")
-    result = json.loads(text) | {"setting": asdict(options) | {"json": Path(options.json).name}}
+    result = json.loads(without_places(json.dumps(report(found)), folder))
+    result |= {"setting": asdict(options) | {"json": Path(options.json).name}}
     result |= provenance(torch.device("cpu")) | {"command": command(argv)}
     print(table(result))
     write_lines(Path(options.json), [json.dumps(result, indent=2)])
@@ -126,6 +128,12 @@ def main(argv: Sequence[str]) -> None:
         raise TrainingError(
             f"{result['lost']} tries were lost, {result['hung']} of them hung; {options.json} tells which"
         )
+
+
+def without_places(text: str, folder: str) -> str:
+    """A text without the folders and the name of this machine."""
+    text = text.replace(folder, "WORK").replace(f"{ROOT}{os.sep}", "")
+    return re.sub(rf"\b{re.escape(socket.gethostname())}\b", "HOST", text)
 
 
 def command(argv: Sequence[str]) -> list[str]:
@@ -162,6 +170,7 @@ def faults(sizes: Sizes) -> list[Fault]:
         Fault("data", "a file becomes unreadable; 2 processes", partial(fault_groups.bad_file, recipe=GROUP)),
         Fault("data", "a file becomes unreadable", partial(fault_groups.bad_file, recipe=PRETRAIN)),
         Fault("data", "a clip gives NaN: stop", fault_groups.not_a_number),
+        Fault("data", "a clip gives NaN: rollback", fault_groups.rolled_back),
         Fault("signals", "SIGTERM, SIGINT, SIGUSR1", partial(fault_signals.stopped, recipe=PRETRAIN)),
         Fault("signals", "Ctrl-C twice", fault_signals.interrupted_twice),
         Fault("lock", "a second run in the same folder", fault_signals.second_run),

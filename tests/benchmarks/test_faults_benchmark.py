@@ -230,6 +230,13 @@ def test_what_was_not_survived_is_counted_and_ends_with_status_1(tmp_path, monke
     assert "| **all** | **7** | **4** | lost: 3 | hung: 1 | |" in said
 
 
+def test_results_name_no_place_of_the_machine(monkeypatch):
+    monkeypatch.setattr(faults.socket, "gethostname", lambda: "vm")
+    told = f"process 1 (host vm, pid 7) in /tmp/xyz/run3: {faults.ROOT}/train.py and vmstat"
+    assert faults.without_places(told, "/tmp/xyz") == "process 1 (host HOST, pid 7) in WORK/run3: train.py and vmstat"
+    assert faults.command(["--quick", "--json", "/home/me/out.json"]) == ["--quick", "--json", "out.json"]
+
+
 def test_nothing_lost_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setattr(faults, "faults", lambda sizes: [faults.Fault("a", "fine", raising(Try()))])
     monkeypatch.setattr(faults, "Bench", lambda folder, seed: None)
