@@ -17,6 +17,7 @@ from benchmarks.fault_kills import Try, finish, newest
 from benchmarks.fault_runs import PATIENCE, HungError, SkippedError, Training, WrongError
 from benchmarks.faults_made import PRETRAIN, SAVED, UPDATES, Bench, Recipe, Reference
 from common import checkpoint
+from common.errors import CheckpointError
 from common.torch_file import DamagedError
 
 BEFORE, NEWEST = UPDATES - 6, UPDATES - 3  # updates of the checkpoints in a folder to which damage is done
@@ -100,7 +101,7 @@ def _damaged(bench: Bench, damages: list[Callable[[Path], str]], runs: int, read
         wrong = f"ended with status {status}: {last}" if status else ""
         if not wrong and found == "detected" and not re.search(rf"WARNING: .*{path.name}.*the checkpoint before", said):
             wrong = f"{path.name} was not reported"
-        wrong = wrong or reference.differs(checkpoint.update_path(folder, UPDATES))
+        wrong = wrong or reference.wrong_at_end(folder)
         lost, repeated = UPDATES - reference.reached(folder), (NEWEST - BEFORE) * (found == "detected")
         yield Try(wrong=wrong, updates_lost=lost, repeated=repeated, note=f"{note}: run, {found}")
 
@@ -111,7 +112,7 @@ def _outcome_of_reading(reference: Reference, path: Path) -> str:
         where = reference.differs(path)
     except DamagedError:
         return "detected"
-    except checkpoint.CheckpointError as error:  # the run would end instead of taking the one before
+    except CheckpointError as error:  # the run would end instead of taking the one before
         return str(error)
     return f"was read, and differs in {where}" if where else "harmless"
 

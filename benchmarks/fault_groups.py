@@ -10,7 +10,7 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import soundfile
 import torch
 
 from benchmarks.fault_kills import Try, finish, finished, newest
-from benchmarks.fault_runs import PATIENCE, HungError, Training
+from benchmarks.fault_runs import DEADLINE, PATIENCE, HungError, Training
 from benchmarks.faults_made import (
     GROUP,
     LAUNCH,
@@ -40,8 +40,9 @@ STANDING = r"process {rank} \(host \S+, pid {pid}\).*update \d+"
 MOST_MEMORY = 8 * 2**20  # bytes that a process may still take
 HUGE, SELDOM = 3.4e38, 100  # a sample, finite unlike what becomes of it; every how many have the other sign
 WITHOUT_DROPOUT = ("--dropout", "0", "--attention_dropout", "0")  # which alone depends on the number of processes
+LASTING = ("--max_update", "100000")  # a run that does not come to its end meanwhile
 HITS = [(number, rank) for number in (signal.SIGKILL, signal.SIGSTOP) for rank in range(GROUP.processes)]
-MOST_AHEAD = 3  # updates of each group until it is hit: all of them together are fewer than a run has
+MOST_AHEAD = 2  # updates of each group until it is hit: all of them together are fewer than a run has
 BETWEEN_LOOKS = 0.1  # seconds
 ATOL, RTOL = 2e-5, 1e-4
 
@@ -55,6 +56,8 @@ def lost_process(
     tries = []
     for number, rank in hits:
         with bench.training(GROUP, folder, launcher=launcher) as run:
+            if not newest(folder):
+                run.until("rename", SAVED)
             for _ in range(draws.randint(1, MOST_AHEAD)):
                 update = int(run.until("line", UPDATE_LINE)[1])
             pids = run.ranks()
@@ -82,13 +85,30 @@ def wrong_after_loss(bench: Bench, run: Training, rank: int, pid: int) -> tuple[
     return "", seconds
 
 
+def lost_launcher(bench: Bench, launcher: tuple[str, ...]) -> Iterator[Try]:
+    """The launcher alone is killed: its processes end, too, so that the folder is free again."""
+    folder = bench.new_folder()
+    with bench.training(GROUP, folder, *LASTING, launcher=launcher) as run:
+        run.until("rename", SAVED)
+        run.signal(signal.SIGKILL)
+        begun = time.monotonic()
+        run.end()
+        wait_until(lambda: not run.members(), DEADLINE, "its processes live on")
+        seconds = time.monotonic() - begun
+    kept = newest(folder)
+    with bench.training(GROUP, folder, *LASTING, launcher=launcher) as run:
+        first = int(run.until("line", UPDATE_LINE)[1])
+    wrong = "" if first == kept + 1 else f"goes on with update {first} after checkpoint {kept}"
+    yield Try(wrong=wrong, seconds_to_end=seconds, note=f"checkpoint {kept}")
+
+
 def lost_machine(bench: Bench) -> Iterator[Try]:
     """Two launchers, one of which is killed with all that it has started; another one takes its place."""
     folder, port = bench.new_folder(), free_port()
     launcher = (*LAUNCH, "--nnodes=2", "--nproc_per_node=1", "--max_restarts=3", MEETING)
     how: dict[str, Any] = {"launcher": (*launcher, f"--rdzv_endpoint=127.0.0.1:{port}")}
     with bench.training(GROUP, folder, **how) as first:
-        wait_for_port(port)  # the first one has what they meet by
+        wait_until(lambda: answers(port), PATIENCE, "nobody listens")  # the first has what they meet by
         with bench.training(GROUP, folder, **how) as second:
             first.until("rename", SAVED)
             for pid in second.members():
@@ -101,7 +121,7 @@ def lost_machine(bench: Bench) -> Iterator[Try]:
     reference = bench.reference(GROUP)
     lost = UPDATES - reference.reached(folder)
     wrong = f"the other launcher ended with status {status}: {said}" if status else ""
-    wrong = wrong or ("" if lost == 0 else "the result differs")
+    wrong = wrong or reference.wrong_at_end(folder)
     yield Try(wrong=wrong, updates_lost=lost, note=f"checkpoint {kept}; at the end again after {seconds:.0f} s")
 
 
@@ -112,15 +132,19 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def wait_for_port(port: int) -> None:
-    """Until somebody listens there. HungError if nobody does."""
-    latest = time.monotonic() + PATIENCE
-    while time.monotonic() < latest:
-        with socket.socket() as one:
-            if one.connect_ex(("127.0.0.1", port)) == 0:
-                return
+def answers(port: int) -> bool:
+    """Whether somebody listens there."""
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) == 0
+
+
+def wait_until(done: Callable[[], bool], seconds: float, otherwise: str) -> None:
+    """Look again and again. HungError if that takes too long."""
+    latest = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() > latest:
+            raise HungError(f"{otherwise} after {seconds:.0f} s")
         time.sleep(BETWEEN_LOOKS)
-    raise HungError(f"nobody listens at port {port}")
 
 
 def out_of_memory(bench: Bench) -> Iterator[Try]:
@@ -133,7 +157,7 @@ def out_of_memory(bench: Bench) -> Iterator[Try]:
         most = pages * resource.getpagesize() + MOST_MEMORY
         resource.prlimit(pid, resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
         wrong, seconds = wrong_after_loss(bench, run, 1, pid)
-        note = next((line for line in run.lines if "out of memory" in line), run.last_words)[:200]
+        note = next((line for line in run.lines if line.startswith("error: ")), "")[:200]
     after, lost = finish(bench, GROUP, folder)
     yield Try(wrong=wrong or after, updates_lost=lost, seconds_to_end=seconds, note=note)
 

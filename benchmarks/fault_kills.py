@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks.fault_runs import PATIENCE, HungError, Training, WrongError
 from benchmarks.faults_made import PHASES, TEMPORARY, UPDATE_LINE, UPDATES, Bench, Recipe, Reference
 from common import checkpoint
+from common.errors import CheckpointError
 
 # How the points are shared out among the parts of a save cycle
 SHARES = ("updates", "write", "copy", "rename", "validation", "write", "prune", "updates", "write")
@@ -47,10 +48,11 @@ class Point:
     ahead: int
 
 
-def draw_points(number: int, seed: int) -> list[Point]:
+def draw_points(number: int, seed: str) -> list[Point]:
     """Points over all phases, the same for the same seed."""
     draws = random.Random(seed)  # noqa: S311 - no secrets
-    phases = [SHARES[index % len(SHARES)] for index in range(number)]
+    turns = draws.randrange(len(SHARES))
+    phases = [SHARES[(turns + index) % len(SHARES)] for index in range(number)]
     draws.shuffle(phases)
     return [Point(phase, draws.random(), draws.randint(1, MOST_AHEAD)) for phase in phases]
 
@@ -62,7 +64,7 @@ def killed_at_points(bench: Bench, recipe: Recipe, points: int) -> Iterator[Try]
     before the first save, and the run came to the same result as that one, bit for bit.
     """
     reference = bench.reference(recipe)
-    waiting = draw_points(points, bench.seed)
+    waiting = draw_points(points, f"{bench.seed} {recipe.name}")
     laps = 0
     while waiting:
         laps += 1
@@ -131,7 +133,7 @@ def _wrong_after_kill(reference: Reference, folder: Path) -> str:
     try:
         found = checkpoint.load_newest(folder)
         where = reference.differs(found[0]) if found else ""
-    except checkpoint.CheckpointError as error:
+    except CheckpointError as error:
         return str(error)
     return f"{found[0].name} differs in {where}" if found and where else ""
 
@@ -148,8 +150,7 @@ def finish(bench: Bench, recipe: Recipe, folder: Path, **how: Any) -> tuple[str,
     lost = UPDATES - reference.reached(folder)
     if status:
         return f"the same command ended with status {status}: {said}", lost
-    where = reference.differs(checkpoint.update_path(folder, UPDATES))
-    return (f"the result differs in {where}" if where else ""), lost
+    return reference.wrong_at_end(folder), lost
 
 
 def finished(bench: Bench, recipe: Recipe, folder: Path, tries: list[Try], **how: Any) -> list[Try]:

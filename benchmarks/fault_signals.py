@@ -119,7 +119,7 @@ def second_run(bench: Bench) -> Iterator[Try]:
     wrong = "" if status == ConfigError.exit_status and f"is in use by another run (process {pid} on" in said else said
     wrong = wrong or (f"the first ended with status {ended}" if ended else "")
     reference = bench.reference(PRETRAIN)
-    wrong = wrong or reference.differs(checkpoint.update_path(folder, UPDATES))
+    wrong = wrong or reference.wrong_at_end(folder)
     yield Try(wrong=wrong, updates_lost=UPDATES - reference.reached(folder), seconds_to_end=seconds)
 
 

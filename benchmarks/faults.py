@@ -57,7 +57,7 @@ from benchmarks.step import check_writable
 from common import flags
 from common.distributed import usable_cores
 from common.entry import run_program
-from common.errors import ConfigError, TrainingError
+from common.errors import CheckpointError, ConfigError, TrainingError
 from common.flags import flag
 from utils.program import write_lines
 
@@ -152,6 +152,10 @@ def faults(sizes: Sizes) -> list[Fault]:
         Fault("processes", f"SIGKILL, SIGSTOP to each of 2, {name}", partial(fault_groups.lost_process, launcher=of))
         for name, of in launchers.items()
     ]
+    of_groups += [
+        Fault("processes", f"{name} itself killed, of 2", partial(fault_groups.lost_launcher, launcher=of))
+        for name, of in launchers.items()
+    ]
     of_groups.append(Fault("processes", "a launcher of 2 and its process killed, a new one", fault_groups.lost_machine))
     kills = [
         Fault(
@@ -229,7 +233,7 @@ def _until_wrong(tries: Iterable[Try]) -> Iterator[Try]:
     """The tries; where the next one cannot be made because a run went wrong on the way, that is a lost one."""
     try:
         yield from tries
-    except WrongError as error:
+    except (WrongError, CheckpointError) as error:
         yield Try(wrong=str(error), hung=isinstance(error, HungError))
 
 

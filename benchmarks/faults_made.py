@@ -21,6 +21,7 @@ import torch
 from benchmarks.fault_runs import ROOT, Training, WrongError
 from benchmarks.startup import write_noise
 from common import checkpoint
+from common.errors import CheckpointError
 from utils import make_shards
 from utils.program import write_lines
 
@@ -141,13 +142,21 @@ class Reference:
             found, expected = (state | {"progress": state["progress"]["step"]} for state in (found, expected))
         return difference(found, expected)
 
+    def wrong_at_end(self, folder: Path) -> str:
+        """What is wrong with the last checkpoint of a folder; empty if it is the same as this run's."""
+        try:
+            where = self.differs(checkpoint.update_path(folder, UPDATES))
+        except CheckpointError as error:
+            return str(error)
+        return f"the result differs in {where}" if where else ""
+
     def reached(self, folder: Path) -> int:
         """The highest update of a folder's checkpoints that are whole and the same as this run's; 0 without one."""
         for path in checkpoint.update_paths(folder):
             try:
                 if not self.differs(path):
                     return checkpoint.update_number(path) or 0
-            except checkpoint.CheckpointError:
+            except CheckpointError:
                 continue
         return 0
 

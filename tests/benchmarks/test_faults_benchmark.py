@@ -158,11 +158,12 @@ def test_every_process_of_a_run_ends_with_it_and_no_other(tmp_path):
 
 
 def test_points_are_drawn_by_seed_over_all_phases():
-    points = fault_kills.draw_points(faults.FULL.kills, 0)
-    assert points == fault_kills.draw_points(faults.FULL.kills, 0) != fault_kills.draw_points(faults.FULL.kills, 1)
+    points = fault_kills.draw_points(faults.FULL.kills, "0 a")
+    assert points == fault_kills.draw_points(faults.FULL.kills, "0 a")
+    assert points != fault_kills.draw_points(faults.FULL.kills, "1 a")
     assert len(set(points)) == len(points) >= 25
     assert {point.phase for point in points} == set(faults_made.PHASES)
-    assert {point.phase for point in fault_kills.draw_points(faults.QUICK.kills, 0)} == set(faults_made.PHASES)
+    assert {point.phase for point in fault_kills.draw_points(faults.QUICK.kills, "1 a")} == set(faults_made.PHASES)
     assert all(0 <= point.share <= 1 for point in points)
 
 
