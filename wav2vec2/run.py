@@ -33,8 +33,8 @@ from common.watchdog import Watchdog
 from wav2vec2 import bad_batch
 from wav2vec2.bad_batch import BadBatch
 from wav2vec2.config import Config
+from wav2vec2.culprits import Culprit, Faults, Tried, WentBack, not_finite
 from wav2vec2.evaluate import evaluate
-from wav2vec2.faults import Culprit, Faults, Tried, WentBack, not_finite
 from wav2vec2.health_rules import make_health, training_figures, validation_figures
 from wav2vec2.logging import REDUCTIONS, summarize, throughput
 from wav2vec2.start import newest_checkpoint

@@ -58,7 +58,7 @@ BLOCKS = (
 )
 ASSEMBLY = (
     *("arg_parser", "build", "build_data", "config_checks", "data_checks", "decoding", "evaluate"),
-    *("bad_batch", "faults", "health_rules", "latency", "layout", "logging", "memory_probe", "run", "start"),
+    *("bad_batch", "culprits", "health_rules", "latency", "layout", "logging", "memory_probe", "run", "start"),
     *("transcribe", "convert"),
 )
 LAYERS = [  # from the bottom; an import points down or sideways
