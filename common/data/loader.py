@@ -266,7 +266,7 @@ class TrainLoader(UpdateLoader):
 
     def read_again(self, epoch: int, position: int) -> list[Batch]:
         """This rank's micro-batches of any update, made in this process."""
-        keys = self._sampler.micro_batches(epoch, position, **self._layout)
+        keys = self._sampler.micro_batches(epoch, position, rank=self._rank, **self._layout)
         return list(read_batches(self._maker, keys, 0, False, self._bad_files))
 
     def _batches(self) -> Iterator[Batch]:
