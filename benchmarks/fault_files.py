@@ -34,13 +34,18 @@ def folder_of_two(bench: Bench, recipe: Recipe) -> tuple[Path, Path]:
     return folder, checkpoint.update_path(folder, NEWEST)
 
 
+def size_of_newest(bench: Bench) -> int:
+    """Bytes of the newest one; those of other updates differ a little."""
+    return checkpoint.update_path(bench.reference(PRETRAIN).folder, NEWEST).stat().st_size
+
+
 # ---- Damage ---------------------------------------------------------------------------------------------------------
 
 
 def truncated(bench: Bench, runs: int, read: int) -> Iterator[Try]:
     """The newest checkpoint ends too early: runs that go on, and files that are only read."""
     draws = random.Random(bench.seed)  # noqa: S311 - no secrets
-    size = bench.reference(PRETRAIN).size
+    size = size_of_newest(bench)
     lengths = [size - 1, size // 2, 100, *(draws.randrange(1, size) for _ in range(max(runs, read)))]
 
     def cut(length: int) -> Callable[[Path], str]:
@@ -56,7 +61,7 @@ def truncated(bench: Bench, runs: int, read: int) -> Iterator[Try]:
 def flipped(bench: Bench, runs: int, read: int) -> Iterator[Try]:
     """A bit of the newest checkpoint is another one: anywhere in the file, or in its tables."""
     draws = random.Random(bench.seed)  # noqa: S311 - no secrets
-    size = bench.reference(PRETRAIN).size
+    size = size_of_newest(bench)
 
     def flip(number: int) -> Callable[[Path], str]:
         anywhere, near_an_end = draws.randrange(size), draws.randrange(min(size, BYTES_OF_TABLES))
