@@ -160,4 +160,4 @@ def report(
 
 
 if __name__ == "__main__":
-    run_program(main, sys.argv[1:], rank=distributed.launched_rank())
+    run_program(main, sys.argv[1:], rank=distributed.launched_rank(), local_rank=distributed.local_rank())

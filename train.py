@@ -63,4 +63,4 @@ def train_step(run: Run, batches: Sequence[Batch], step: int) -> bool:
 
 
 if __name__ == "__main__":
-    run_program(main, sys.argv[1:], rank=distributed.launched_rank())
+    run_program(main, sys.argv[1:], rank=distributed.launched_rank(), local_rank=distributed.local_rank())

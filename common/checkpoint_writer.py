@@ -53,5 +53,5 @@ class CheckpointWriter:
             for path in paths:
                 checkpoint.save(path, content)
             then()
-        except (UserError, OSError, RuntimeError, TypeError, ValueError) as error:
+        except (UserError, OSError, MemoryError, RuntimeError, TypeError, ValueError) as error:
             self._error = error

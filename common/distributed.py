@@ -244,10 +244,12 @@ def _choose_device(device: str) -> torch.device:
         )
     index, available = local_rank(), torch.cuda.device_count()
     if index >= available:
-        raise ConfigError(
+        error = ConfigError(
             f"--device {device}: process {index} of this machine (LOCAL_RANK, from 0) has no GPU, {available} visible; "
             f"start at most {available} per machine (NUM_GPUS={available}), or use --device cpu"
         )
+        error.by_all = False
+        raise error
     return torch.device("cuda", index)
 
 

@@ -4,31 +4,37 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from common.errors import ConfigError, Stopped, UserError
+from common.errors import Stopped, UserError
 
 
-def run_program(main: Callable[[Sequence[str]], None], argv: Sequence[str], rank: int = 0) -> NoReturn:
+def run_program(
+    main: Callable[[Sequence[str]], None], argv: Sequence[str], rank: int = 0, local_rank: int = 0
+) -> NoReturn:
     """Run a program and exit: 2 for wrong usage, 1 for data and run-time errors, 130 after Ctrl-C, Stopped's own.
 
-    With --debug among the arguments errors keep their traceback. `rank`: number of this process in its run; a wrong
-    flag, which all of them find, is told by the first.
+    With --debug among the arguments errors keep their traceback. `rank`, `local_rank`: number of this process in
+    its run and on its machine; what all of them find is told by the first of each machine.
     """
     status: int = 0
     try:
         main(argv)
     except Stopped as stopped:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            # the status is to be that of stopping, also where a launcher asks again
+            signal.signal(number, signal.SIG_IGN)
         if not rank:
             print(f"stopped: {stopped}", file=sys.stderr)  # noqa: T201
         status = stopped.exit_status
     except UserError as error:
         if "--debug" in argv:
             raise
-        if not (rank and isinstance(error, ConfigError)):
-            place = error.where or (f"process {rank}" if rank else "")
+        if not (error.by_all and local_rank):
+            place = "" if error.by_all and not rank else error.where or (f"process {rank}" if rank else "")
             print(f"error: {error}" + (f" ({place})" if place else ""), file=sys.stderr)  # noqa: T201
         status = error.exit_status
     except KeyboardInterrupt:

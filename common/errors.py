@@ -26,12 +26,14 @@ class UserError(Exception):
 
     exit_status = 1
     where = ""  # process, update and batch, where several processes make it worth telling
+    by_all = False  # every process of the run finds it, so one of each machine tells it
 
 
 class ConfigError(UserError):
     """A flag, or a combination of flags, that cannot work. Message: "--flag value: why; what to do"."""
 
     exit_status = 2
+    by_all = True
 
 
 class DataError(UserError):
@@ -54,6 +56,8 @@ class CheckpointError(UserError):
 
 class TrainingError(UserError):
     """A run that cannot go on. Message: why, where the last good checkpoint is, what to do."""
+
+    by_all = True  # figures are sums over all processes
 
 
 class Stopped(UserError):

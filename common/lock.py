@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from common.errors import ConfigError
@@ -31,7 +32,13 @@ class FolderLock:
         """Take the lock. ConfigError where another process keeps it for longer than `patience` seconds."""
         self._path = Path(folder) / NAME
         deadline = time.monotonic() + patience
-        self._file: int | None = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            self._file: int | None = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise ConfigError(
+                f"--output_dir {folder}: {NAME} cannot be written ({error.strerror}); "
+                "choose another folder, or change its permissions"
+            ) from None
         while not self._taken(self._file):
             if time.monotonic() >= deadline:
                 owner = os.read(self._file, 200).decode(errors="replace").strip()
@@ -43,7 +50,8 @@ class FolderLock:
                 )
             time.sleep(_BETWEEN_TRIES)
         os.ftruncate(self._file, 0)
-        os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        with suppress(OSError):  # a full disk; the lock holds
+            os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
     def release(self) -> None:
         """Let others have the folder."""

@@ -12,6 +12,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 import torch
@@ -93,6 +95,19 @@ class Preemption:
         elif number == signal.SIGINT and now - self._asked_at > _ONE_KEYSTROKE:
             print("interrupted", file=sys.stderr, flush=True)  # noqa: T201
             os._exit(INTERRUPTED)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Hold the signals back from this thread, and from the processes that it starts meanwhile."""
+    if not hasattr(signal, "sigwaitinfo"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def shield_worker() -> None:

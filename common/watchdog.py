@@ -117,6 +117,7 @@ class Watchdog:
                 "--update_freq, or add --checkpoint_activations"
             )
             told.where = f"{self._own().process}: {self._own().place}"
+            told.by_all = False
         elif isinstance(error, RuntimeError):
             told = killed_worker(error) or error
             verdict = self._wait_for_verdict() if self._has_peers and _is_out_of_touch(error) else ""
@@ -187,6 +188,10 @@ class Watchdog:
             if verdict or stuck:
                 self._end(verdict)
 
+    def _silence(self, peer: _Peer) -> float:
+        """Seconds without a sign of a process; without the store nobody is heard, which is not their fault."""
+        return (peer.silent - self._ticks_without_store) * TICK
+
     def _verdict(self) -> str:
         """Why the run cannot go on, as far as the other processes are concerned; empty while it can."""
         peers = [peer for peer in list(self._peers.values()) if not peer.standing.ended]
@@ -194,7 +199,7 @@ class Watchdog:
             if peer.standing.failure:
                 return f"{peer.standing.process} failed ({peer.standing.place}): {peer.standing.failure}"
         for peer in peers:
-            seconds, last = peer.silent * TICK, f"it was last seen in: {peer.standing.place}"
+            seconds, last = self._silence(peer), f"it was last seen in: {peer.standing.place}"
             if peer.standing.is_gone(self._machine):
                 return f"{peer.standing.process} was killed; {last}"
             if seconds >= self._heartbeat_timeout:
@@ -240,7 +245,7 @@ class Watchdog:
         """End the silent processes of this machine: a stopped one does not hear the launcher's SIGTERM."""
         for peer in list(self._peers.values()):
             standing = peer.standing
-            frozen = peer.silent * TICK >= self._heartbeat_timeout and not standing.ended
+            frozen = self._silence(peer) >= self._heartbeat_timeout and not standing.ended
             if frozen and standing.machine == self._machine and not standing.is_gone(self._machine):
                 os.kill(standing.pid, signal.SIGKILL)
 
@@ -250,7 +255,7 @@ class Watchdog:
         here = [one for one in peers if one.machine == self._machine and not one.is_gone(self._machine)]
         if any(one.failure and one.at_fault for one in here):
             return  # it tells itself
-        silent = {rank for rank, peer in self._peers.items() if peer.silent * TICK > self._heartbeat_timeout / 2}
+        silent = {rank for rank, peer in self._peers.items() if self._silence(peer) > self._heartbeat_timeout / 2}
         if any(one.rank < self._rank and one.rank not in silent for one in here):
             return
         lines = [f"error: {verdict}", "where the processes stand:"]

@@ -33,7 +33,7 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a program: find the toolkit
 
 from torch.distributed import DistError, run
-from torch.distributed.elastic.agent.server import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -42,14 +42,14 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.launcher import api as launcher_api
 
 from common.errors import ConfigError, TrainingError, one_line
+from common.preemption import INTERRUPTED, SIGNALS
 from utils.program import run as run_tool
 from wav2vec2.run_config import RunConfig
 
-KNOWN_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # to train.py, as requests to save and stop
-STOP_SIGNALS = (*KNOWN_SIGNALS, signal.SIGHUP, signal.SIGQUIT)
+STOP_SIGNALS = (*SIGNALS, signal.SIGHUP, signal.SIGQUIT)  # of which train.py knows the former
 # What processes that are asked to stop have for the update they are in and for its checkpoint.
 SECONDS_TO_STOP = 60
-INTERRUPTED = 130
+SECONDS_AFTER_CLOSING = 40  # within which processes that have met end by themselves
 # A machine is lost when it has given no sign of life for interval x attempts = 20 s. The others, whose processes have
 # ended meanwhile, meet again, wait `last_call` for more machines, and start: within a minute with the defaults of
 # --heartbeat_timeout. `join_timeout` is for machines that start late, and for one that replaces another.
@@ -127,6 +127,7 @@ class Agent(LocalElasticAgent):
         self.status = 0
         self._stop, self._stopped_status, self._machines = stop, stopped_status, machines
         self._rounds = 0
+        self._closed_at: float | None = None  # when another machine was seen to have ended for good
         stop.agent = self
 
     def close(self, number: signal.Signals, seconds: int) -> None:
@@ -169,12 +170,27 @@ class Agent(LocalElasticAgent):
                 self._remaining_restarts = 0  # a wrong flag stays wrong
             if self._remaining_restarts:
                 tell(f"starting again; {self._remaining_restarts - 1} restarts are left after this one")
+        elif result.state is WorkerState.HEALTHY and self._machines > 1:
+            self._end_if_closed(worker_group)
         return result
+
+    def _end_if_closed(self, worker_group: WorkerGroup) -> None:
+        """End processes that still wait for those of a machine that has ended for good, e.g. by a wrong flag there.
+
+        A launcher that fails closes the rendezvous. Processes that had met end by themselves, by their watchdogs.
+        """
+        if not worker_group.spec.rdzv_handler.is_closed():
+            return
+        self._closed_at = self._closed_at or time.monotonic()
+        if time.monotonic() > self._closed_at + SECONDS_AFTER_CLOSING:
+            tell("the launcher of another machine has ended with an error, which it tells; this machine ends, too")
+            self.close(signal.SIGKILL, 5)
+            os._exit(TrainingError.exit_status)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = SECONDS_TO_STOP) -> None:
         # torch's own call before a restart gives no more than 30 seconds
         self._stop.listen()
-        self.close(death_sig if death_sig in KNOWN_SIGNALS else signal.SIGTERM, SECONDS_TO_STOP)
+        self.close(death_sig if death_sig in SIGNALS else signal.SIGTERM, SECONDS_TO_STOP)
         super()._shutdown(death_sig)
 
     def after_signal(self) -> int:
@@ -204,7 +220,7 @@ def first_cause(failures: Mapping[int, ProcessFailure], stopped_status: int) -> 
     within a second a signal that is not the launcher's is the cause, else an error, else the launcher's, else a stop.
     """
     start = min(failure.timestamp for failure in failures.values())
-    weakest = (-signal.SIGTERM, stopped_status)
+    weakest = (stopped_status, -signal.SIGTERM)
 
     def order(rank: int) -> tuple[bool, int, bool]:
         code = failures[rank].exitcode

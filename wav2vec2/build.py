@@ -164,9 +164,9 @@ def _check_writable(folder: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ConfigError(
-            f"--output_dir {folder}: cannot be written ({error.strerror}); choose another folder"
-        ) from None
+        refused = ConfigError(f"--output_dir {folder}: cannot be written ({error.strerror}); choose another folder")
+        refused.by_all = False  # it may be one machine that cannot
+        raise refused from None
 
 
 def _lock(config: Config) -> FolderLock:

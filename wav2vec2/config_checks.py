@@ -138,6 +138,7 @@ def _check_effects(config: Config, explicit: Collection[str]) -> None:
         ("hourglass_resample", bool(config.model.hourglass_transformer), "with --hourglass_transformer"),
         *((name, *save) for name in ("save_frequency", "save_interval_updates", "save_interval_minutes")),
         ("keep_milestones", *save),
+        ("on_nan", config.run.save or config.health.on_nan != "rollback", "without --no_save: it needs a checkpoint"),
         ("auto_batch", config.run.probe_memory, "without --no_probe_memory"),
         ("auto_batch", config.run.parallel != "fsdp", "without --parallel fsdp, where no batch is tried"),
         ("auto_batch", not config.shards.streaming, "without --streaming: a stream does not tell its largest batch"),

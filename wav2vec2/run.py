@@ -42,6 +42,8 @@ from wav2vec2.task import FinetuneTask, PretrainTask
 
 log = logging.getLogger(__name__)
 
+_LAST_WRITE = 30.0  # seconds that a checkpoint under way has when the run must end; a dead disk never answers
+
 
 @dataclass
 class Progress:
@@ -102,7 +104,7 @@ class Run:
         self._since_save = 0.0
         self._saved_step: int | None = None  # what the newest checkpoint of this process stands for
         self._clock = self._saved_at = time.perf_counter()
-        self.watchdog.before_end = self.writer.join
+        self.watchdog.before_end = lambda: self.writer.join(_LAST_WRITE)
 
     @property
     def ended(self) -> bool:
@@ -252,7 +254,8 @@ class Run:
             state = sharding.gathered(self.state_dict(position))  # and so do shards
             if distributed.is_main():
                 self.writer.save(paths, state, lambda: self._after_saving(paths, kept))
-            self._saved_step = self.progress.step
+            if self._path in paths:
+                self._saved_step = self.progress.step
         self._clock = self._saved_at = time.perf_counter()
         self._since_save = 0.0
 
@@ -318,7 +321,9 @@ class Run:
 
     def end(self) -> None:
         """Write what is left. Raises Stopped where the run was asked to stop before its last update."""
+        self.watchdog.at("waiting for the last checkpoint")
         self.writer.wait()
+        distributed.barrier()  # while all are watched: the others must not leave a process 0 that could not write
         if self.progress.validation_due or not self.finished:
             kept = f"{self._path} is saved" if self.config.run.save else "--no_save: nothing is saved"
             asked = self.preemption.asked.name if self.preemption.asked else "a signal to another process"

@@ -23,7 +23,7 @@ from common.data.sampler import VALIDATION, PlannedSubBatch, UpdateSampler
 from common.data.watch import BadFiles, Conversions, Work
 from common.errors import DataError, UserError, killed_worker
 from common.host_memory import give_back_freed_memory
-from common.preemption import shield_worker
+from common.preemption import held_back, shield_worker
 
 log = logging.getLogger(__name__)
 PREFETCH_PER_WORKER = 2
@@ -382,7 +382,9 @@ def read_batches(
 def _living(loader: DataLoader) -> Iterator[Any]:
     """What the workers give. DataError where one was killed, which torch tells as a RuntimeError."""
     try:
-        yield from loader
+        with held_back():  # a worker that has not come to shield_worker() yet would die of them
+            batches = iter(loader)
+        yield from batches
     except RuntimeError as error:
         killed = killed_worker(error, f"--num_workers {loader.num_workers}")
         if killed is None:

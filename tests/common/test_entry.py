@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 
 from common.entry import run_program
-from common.errors import ConfigError, DataError
+from common.errors import ConfigError, DataError, TrainingError
 
 
-def end(capsys, error, argv=(), rank=0):
+def end(capsys, error, argv=(), rank=0, local_rank=0):
     def main(_):
         if error:
             raise error
 
     with pytest.raises(SystemExit) as ended:
-        run_program(main, argv, rank)
+        run_program(main, argv, rank, local_rank)
     return ended.value.code, capsys.readouterr().err
 
 
@@ -25,9 +25,14 @@ def test_mistakes_are_one_line_and_the_status_says_whose(capsys):
     assert end(capsys, KeyboardInterrupt()) == (130, "interrupted\n")
 
 
-def test_a_wrong_flag_is_told_once_and_a_fault_by_the_process_that_met_it(capsys):
-    assert end(capsys, ConfigError("--lr x: no number"), rank=1) == (2, "")
-    assert end(capsys, DataError("a.tsv:3: no tab"), rank=1) == (1, "error: a.tsv:3: no tab (process 1)\n")
+def test_what_all_processes_find_is_told_once_per_machine_and_a_fault_by_the_process_that_met_it(capsys):
+    for error, status in ((ConfigError("--lr x: no number"), 2), (TrainingError("codebook collapse"), 1)):
+        assert end(capsys, error, rank=1, local_rank=1) == (status, "")
+        assert end(capsys, error, rank=8) == (status, f"error: {error} (process 8)\n")
+    error.by_all = False
+    assert end(capsys, error, rank=1, local_rank=1) == (1, "error: codebook collapse (process 1)\n")
+    fault = DataError("a.tsv:3: no tab")
+    assert end(capsys, fault, rank=1, local_rank=1) == (1, "error: a.tsv:3: no tab (process 1)\n")
 
 
 def test_debug_keeps_the_traceback_and_faults_of_the_program_are_not_hidden():
