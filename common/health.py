@@ -185,5 +185,6 @@ class Health:
         return ", ".join([*limits, *more])
 
     def _advice(self, rule: Rule) -> str:
-        numbered = ", ".join(f"{number}. {remedy}" for number, remedy in enumerate(rule.remedies, start=1))
+        possible = [one for one in rule.remedies if self._healthy is not None or "last healthy checkpoint" not in one]
+        numbered = ", ".join(f"{number}. {remedy}" for number, remedy in enumerate(possible, start=1))
         return f"{self.last_healthy}; try {numbered}"

@@ -310,7 +310,8 @@ class Run:
         elif path == self._path:
             self.health.saved(self.progress.step)
         before, now = state.get("processes"), distributed.world_size()
-        if before not in (None, now):
+        position = (state.get("loader") or {}).get("position", self.train_loader.position)
+        if before not in (None, now) and self.train_loader.position == position:  # else it has told what is different
             log.info(
                 "%s was written by %d processes, this run has %d: the same data in the same order; sums over processes "
                 "are rounded differently",
@@ -410,10 +411,13 @@ class Run:
                 log.warning("%s; goes on from %s without this update", what, newest[0])
                 raise WentBack
         written = self._record_culprit(culprit) if culprit else ""
-        remedies = "a lower --lr or a smaller --clip_norm, --bf16 instead of --fp16, data without these utterances"
+        remedies = ["a lower --lr or a smaller --clip_norm", "--bf16 instead of --fp16"]
+        if culprit and self.health.kept and not rollback:
+            remedies.insert(0, "--resume --on_nan rollback")
+        remedies += ["data without these utterances"] if culprit else []
         raise TrainingError(
             f"{what}{', although a rollback left out another update before' if again else ''}{written}; "
-            f"{self.health.last_healthy}; try {'' if rollback else '--resume --on_nan rollback, '}{remedies}"
+            f"{self.health.last_healthy}; try {', '.join(remedies)}"
         )
 
     def _record_culprit(self, culprit: Culprit) -> str:

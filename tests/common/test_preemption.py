@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT
 
 from common import preemption
-from common.preemption import SIGNALS, Preemption, shield_worker
+from common.preemption import SIGNALS, Preemption, held_back, shield_worker
 
 CPU = torch.device("cpu")
 
@@ -101,3 +101,16 @@ def test_a_shielded_worker_ends_for_its_parent_only():
     os.kill(worker.pid, signal.SIGTERM)
     worker.join(20)
     assert worker.exitcode == 0
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="signals are not held back there")
+def test_signals_that_are_held_back_are_not_lost_and_are_inherited_so():
+    with Preemption() as asked:
+        with held_back():
+            os.kill(os.getpid(), signal.SIGTERM)
+            line = "import signal; print(*map(int, signal.pthread_sigmask(signal.SIG_BLOCK, set())))"
+            child = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True)
+            assert {int(number) for number in child.stdout.split()} >= {int(number) for number in SIGNALS}
+        wait_until(lambda: asked.asked is not None)
+        assert asked.asked == signal.SIGTERM
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, set()) & set(SIGNALS)

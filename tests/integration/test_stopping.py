@@ -85,6 +85,26 @@ def test_it_stops_after_the_update_and_goes_on_as_if_nothing_had_been(
     assert all(torch.equal(best[0]["ema"][name], value) for name, value in best[1]["ema"].items())
 
 
+def test_the_best_checkpoint_does_not_stand_for_that_of_the_update(data, tmp_path, monkeypatch):
+    """Update 2 is validated and is the best; the try after it overflows in fp16, and a signal comes: 2 is saved."""
+    tried = []
+    real = Run.after_update
+
+    def after(self: Run, updated: bool) -> None:
+        tried.append(updated)
+        if len(tried) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while self.preemption.asked is None:
+                time.sleep(0.001)
+        real(self, updated and len(tried) != 3)
+
+    monkeypatch.setattr(Run, "after_update", after)
+    rare = ("--validate_interval_updates", "2", "--validate_frequency", "1000", "--save_frequency", "1000")
+    with pytest.raises(Stopped, match="after update 2 of 6; .*wav2vec2_update2.pt is saved"):
+        run(data, tmp_path, *rare, "--keep_milestones", "100")
+    assert (tmp_path / "wav2vec2_update2.pt").exists()
+
+
 def test_a_run_that_does_not_save_says_so(data, tmp_path, monkeypatch):
     ask_to_stop(monkeypatch, "set_step", 2)
     with pytest.raises(Stopped, match="--no_save: nothing is saved") as told:
