@@ -235,6 +235,9 @@ def meet(backend: str, rank: int, port: int) -> Iterator[Finding]:
 def main(argv: list[str]) -> None:
     """Look at what the arguments name, and print it."""
     what, *rest = argv
+    if what == "--help":
+        print(__doc__)
+        return
     if what == "devices":
         found = devices(Probes())
     elif what == "steps":

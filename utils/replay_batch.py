@@ -238,7 +238,8 @@ def _place(lines: Sequence[str]) -> str:
     for line in reversed(lines):
         name, _, rest = line.strip().removeprefix('File "').partition('", line ')
         path = Path(name)
-        if path.is_relative_to(ROOT) and path != Path(__file__).resolve():
+        own = path.is_relative_to(ROOT) and "site-packages" not in path.parts  # an environment may lie in the checkout
+        if own and path != Path(__file__).resolve():
             return f"{path.relative_to(ROOT)}:{rest.split(',')[0]}"
     return ""
 

@@ -87,8 +87,9 @@ def summarize(sums: Mapping[str, float], mode: str) -> dict[str, float]:
         if "c_errors" in sums:
             values["uer"] = 100 * sums["c_errors"] / max(sums["c_total"], 1.0)
             values["wer"] = 100 * sums["w_errors"] / max(sums["w_total"], 1.0)
-            values["length_ratio"] = sums["emitted"] / max(sums["c_total"], 1.0)
             values["blank_share"] = sums["blank_frames"] / max(sums["nframes"], 1.0)
+        if "emitted" in sums:
+            values["length_ratio"] = sums["emitted"] / max(sums["c_total"], 1.0)
         return values
     values = {name: sums[name] / tokens / math.log(2) for name in SUMS[:4] if name in sums}
     values["accuracy"] = sums["correct"] / tokens
