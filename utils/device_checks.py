@@ -9,6 +9,7 @@ it for ever. It prints one JSON object per line: {"trying": WHAT} before somethi
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import platform
@@ -234,10 +235,11 @@ def meet(backend: str, rank: int, port: int) -> Iterator[Finding]:
 
 def main(argv: list[str]) -> None:
     """Look at what the arguments name, and print it."""
-    what, *rest = argv
-    if what == "--help":
-        print(__doc__)
-        return
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=("devices", "steps", "meet"), help="what to look at")
+    parser.add_argument("rest", nargs="*", help="DEVICE of steps; BACKEND RANK PORT of meet")
+    arguments = parser.parse_args(argv)
+    what, rest = arguments.what, arguments.rest
     if what == "devices":
         found = devices(Probes())
     elif what == "steps":
