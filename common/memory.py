@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
+from common.control_groups import Read, memory_left, read_system
 from common.host_memory import give_back_freed_memory
 
 if sys.platform != "win32":
     import resource
 
 GIB = 2**30
-_ROOT = Path("/")
 # What torch and the libraries below it say when memory is not to be had, beside their own types of errors.
 _FAILURES = (
     "out of memory",
@@ -89,10 +89,11 @@ def limited(device: torch.device, most: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (before, hard))
 
 
-def free_memory(root: Path = _ROOT) -> int:
-    """Bytes of RAM that this process could get on top of what it has. `root`: where /proc and /sys are."""
-    found = list(_in_control_groups(root))
-    for line in _lines(root / "proc/meminfo"):
+def free_memory(read: Read = read_system) -> int:
+    """Bytes of RAM that this process could get on top of what it has. `read`: gives the files of the system."""
+    left = memory_left(read)
+    found = [] if left is None else [left]
+    for line in read("/proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
             found.append(int(line.split()[1]) * 1024)
     if sys.platform != "win32":
@@ -104,46 +105,12 @@ def free_memory(root: Path = _ROOT) -> int:
     return max(min(found, default=0), 0)
 
 
-def _in_control_groups(root: Path) -> Iterator[int]:
-    """What is left in every memory control group of this process, of version 1 and 2, up to the top."""
-    for line in _lines(root / "proc/self/cgroup"):
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "")
-        elif "memory" in controllers.split(","):
-            top, names = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
-        else:
-            continue
-        group = top / path.lstrip("/")
-        for folder in (group, *group.parents):
-            limit, used = ("".join(_lines(folder / name)) for name in names[:2])
-            if limit.isdecimal() and used.isdecimal():  # else "max", or in a container a folder that is not there
-                yield int(limit) - int(used) + _of_files(folder, names[2])
-            if folder == top:
-                break
-
-
-def _of_files(folder: Path, prefix: str) -> int:
-    """Bytes of a control group that are copies of files, which the system drops first."""
-    wanted = {f"{prefix}inactive_file", f"{prefix}active_file"}
-    pairs = (line.split() for line in _lines(folder / "memory.stat"))
-    return sum(int(pair[1]) for pair in pairs if pair[0] in wanted)
-
-
 def _status(name: str) -> int:
     """A size of this process in bytes: VmRSS, VmHWM (its peak), VmSize (address space)."""
-    for line in _lines(Path("/proc/self/status")):
+    for line in read_system("/proc/self/status").splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     if sys.platform == "win32":
         return 0
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
-
-
-def _lines(path: Path) -> list[str]:
-    """The lines of a file of the system; none where there is no such file."""
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []

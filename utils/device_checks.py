@@ -27,10 +27,10 @@ if not __package__:
 import torch
 import torch.distributed as dist
 
-from common import distributed
+from common import control_groups, distributed
 from common.errors import UserError, one_line
 from utils.findings import Finding
-from utils.machine_checks import GIB, Probes, cpu_quota
+from utils.machine_checks import GIB, Probes
 
 MODES = ("pretrain", "finetune")
 # --fp16, --bf16, --amp
@@ -57,7 +57,8 @@ def devices(probes: Probes) -> Iterator[Finding]:
     """GPUs and their formats, the CPU's formats, threads."""
     yield from gpus(probes)
     yield cpu_formats(probes)
-    yield threads(torch.get_num_threads(), distributed.omp_threads(), distributed.usable_cores(), cpu_quota(probes))
+    quota = control_groups.cores(probes.text)
+    yield threads(torch.get_num_threads(), distributed.omp_threads(), distributed.usable_cores(), quota)
 
 
 def gpus(probes: Probes) -> Iterator[Finding]:

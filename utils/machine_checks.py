@@ -17,9 +17,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
+from common import control_groups
 from utils import program
 from utils.findings import Finding, Status
 
@@ -75,14 +76,6 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def read_text(path: str) -> str:
-    """A file of the system; empty where it is not there."""
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
 def disk_space(path: str) -> tuple[int, int]:
     """Free bytes and all bytes of the file system that a path is on."""
     usage = shutil.disk_usage(path)
@@ -116,7 +109,7 @@ class Probes:
     """What is asked of the system."""
 
     version: Callable[[str], str | None] = installed_version
-    text: Callable[[str], str] = read_text
+    text: control_groups.Read = control_groups.read_system
     space: Callable[[str], tuple[int, int]] = disk_space
     bind: Callable[[int], int] = bind_port
     resolve: Callable[[str], str] = socket.gethostbyname
@@ -195,38 +188,6 @@ def _package(name: str, version: str | None, pin: str) -> Finding:
 # ---- Cores and memory -----------------------------------------------------------------------------------------------
 
 
-def cgroup_files(probes: Probes, new: str, old: str) -> Iterator[str]:
-    """Contents of a control file in the groups of this process and above: its name in version 2, then in version 1."""
-    for line in probes.text("/proc/self/cgroup").splitlines():
-        number, controllers, path = (line.split(":", 2) + ["", ""])[:3]
-        controller, _, name = old.partition("/")
-        if number != "0" and controller not in controllers.split(","):
-            continue
-        base, file = ("/sys/fs/cgroup", new) if number == "0" else (f"/sys/fs/cgroup/{controller}", name)
-        own = PurePosixPath(base + path)
-        for folder in (own, *own.parents):
-            if str(folder).startswith(base):
-                yield probes.text(f"{folder}/{file}").strip()
-
-
-def cpu_quota(probes: Probes) -> float | None:
-    """Cores' worth of time that the process group may use; None without a limit."""
-    quotas = []
-    for text in cgroup_files(probes, "cpu.max", "cpu/cpu.cfs_quota_us"):
-        parts = text.split()
-        if len(parts) == 2 and parts[0].isdecimal():
-            quotas.append(int(parts[0]) / int(parts[1]))
-        elif len(parts) == 1 and parts[0].isdecimal():
-            quotas.append(int(parts[0]) / 100_000)  # the period that schedulers and docker leave as it is
-    return min(quotas, default=None)
-
-
-def memory_limit(probes: Probes) -> int | None:
-    """Bytes that the process group may use; None without a limit."""
-    limits = [int(t) for t in cgroup_files(probes, "memory.max", "memory/memory.limit_in_bytes") if t.isdecimal()]
-    return min((limit for limit in limits if limit < 2**60), default=None)  # version 1 writes a huge number for none
-
-
 def processor(probes: Probes) -> Iterator[Finding]:
     """Model of the CPU, and how many of its cores are ours."""
     text = probes.text("/proc/cpuinfo")
@@ -234,7 +195,7 @@ def processor(probes: Probes) -> Iterator[Finding]:
     name = names[0] if names else platform.processor() or platform.machine()
     present = len(names) or probes.cores()
     yield Finding("cpu", "model", "ok", name)
-    usable, quota = probes.cores(), cpu_quota(probes)
+    usable, quota = probes.cores(), control_groups.cores(probes.text)
     values = {"usable": usable, "present": present, "quota": quota}
     told = f"{usable} of {present} usable"
     if quota is not None and quota < usable:
@@ -246,17 +207,19 @@ def processor(probes: Probes) -> Iterator[Finding]:
 
 
 def memory(probes: Probes) -> Iterator[Finding]:
-    """Memory that is free for programs, and limits of a container."""
+    """Memory that is free for programs, and what a container or a batch system leaves of it."""
     found = dict(re.findall(r"^(\w+):\s*(\d+) kB", probes.text("/proc/meminfo"), re.MULTILINE))
-    limit = memory_limit(probes)
+    left = control_groups.memory_left(probes.text)
     if "MemAvailable" not in found:
-        yield Finding("memory", "available", "ok", "not told by this system", values={"limit_bytes": limit})
+        yield Finding("memory", "available", "ok", "not told by this system", values={"group_left_bytes": left})
         return
     available, total = 1024 * int(found["MemAvailable"]), 1024 * int(found["MemTotal"])
-    usable = min(available, limit or available)
-    values = {"available_bytes": available, "total_bytes": total, "limit_bytes": limit}
-    told = f"{_gib(available)} of {_gib(total)} available" + (f", limited to {_gib(limit)}" if limit else "")
+    values = {"available_bytes": available, "total_bytes": total, "group_left_bytes": left}
+    told = f"{_gib(available)} of {_gib(total)} available" + (
+        "" if left is None else f", {_gib(left)} left in the control group"
+    )
     remedy = "end other programs, use fewer --num_workers, or ask for more memory"
+    usable = available if left is None else min(available, left)
     yield _graded("memory", "available", usable, MEMORY, told, remedy, values)
 
 

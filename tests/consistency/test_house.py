@@ -22,6 +22,7 @@ LEAVES = (
     "flags",
     "rng",
     "schedules",
+    "control_groups",
     "host_memory",
     "distributed",
     "labels",

@@ -113,17 +113,27 @@ def test_old_python():
 
 
 @pytest.mark.parametrize(
-    ("files", "quota", "limit"),
+    ("files", "quota", "left"),
     [
         ({}, None, None),
         ({"/sys/fs/cgroup/job/step/cpu.max": "max 100000"}, None, None),
         ({"/sys/fs/cgroup/job/step/cpu.max": "400000 100000", "/sys/fs/cgroup/cpu.max": "150000 100000"}, 1.5, None),
-        ({"/sys/fs/cgroup/job/memory.max": str(2 * GIB), "/sys/fs/cgroup/memory.max": "max"}, None, 2 * GIB),
+        (
+            {
+                "/sys/fs/cgroup/job/memory.max": str(9 * GIB),
+                "/sys/fs/cgroup/job/memory.current": str(8 * GIB),
+                "/sys/fs/cgroup/job/memory.stat": f"anon 5\ninactive_file {GIB}\nactive_file 0\n",
+                "/sys/fs/cgroup/memory.max": "max",
+            },
+            None,
+            2 * GIB,
+        ),
         (
             {
                 "/proc/self/cgroup": "4:cpu,cpuacct:/docker/a\n3:memory:/docker/a\n",
                 "/sys/fs/cgroup/cpu/docker/a/cpu.cfs_quota_us": "250000",
-                "/sys/fs/cgroup/memory/docker/a/memory.limit_in_bytes": str(GIB // 2),
+                "/sys/fs/cgroup/memory/docker/a/memory.limit_in_bytes": str(GIB),
+                "/sys/fs/cgroup/memory/docker/a/memory.usage_in_bytes": str(GIB // 2),
             },
             2.5,
             GIB // 2,
@@ -133,21 +143,22 @@ def test_old_python():
                 "/proc/self/cgroup": "4:cpu,cpuacct:/\n3:memory:/\n",
                 "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1",
                 "/sys/fs/cgroup/memory/memory.limit_in_bytes": str(2**63 - 4096),
+                "/sys/fs/cgroup/memory/memory.usage_in_bytes": str(GIB),
             },
             None,
             None,
         ),
     ],
 )
-def test_limits_of_both_kinds_of_groups(files, quota, limit):
+def test_limits_of_both_kinds_of_groups(files, quota, left):
     probes = machine(files)
-    assert machine_checks.cpu_quota(probes) == quota
-    assert machine_checks.memory_limit(probes) == limit
     cores = look(machine_checks.processor, probes, name="cores")
     assert cores.status == ("ok" if quota is None else "warning")
     assert quota is None or f"OMP_NUM_THREADS={int(quota)}" in cores.remedy
-    grade = {None: "ok", 2 * GIB: "warning", GIB // 2: "problem"}[limit]
-    assert look(machine_checks.memory, probes, name="available").status == grade
+    assert cores.values["quota"] == quota
+    memory = look(machine_checks.memory, probes, name="available")
+    assert memory.values["group_left_bytes"] == left
+    assert memory.status == {None: "ok", 2 * GIB: "warning", GIB // 2: "problem"}[left]
 
 
 @pytest.mark.parametrize(("free", "status"), [(64 * MIB, "problem"), (512 * MIB, "warning"), (8 * GIB, "ok")])
