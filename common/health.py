@@ -30,6 +30,7 @@ class Limit:
     """A figure that a healthy run keeps on the other side of: passed at `bound` or above, or below `bound`.
 
     `flag` sets the bound. relative: the bound is a multiple of the median of what the figure was while all was well.
+    warned_at: the share of the bound from which on the figure is worth a warning, where it does not only end the run.
     """
 
     metric: str
@@ -37,27 +38,29 @@ class Limit:
     bound: float
     flag: str
     relative: bool = False
+    warned_at: float = 1.0
 
-    def passed(self, value: float, median: float | None) -> bool:
-        """Whether the figure is on the wrong side; never without the median that it needs."""
+    def passed(self, value: float, median: float | None, share: float = 1.0) -> bool:
+        """Whether the figure is on the wrong side of a share of the bound; never without the median that it needs."""
         if self.relative and median is None:
             return False
-        bound = self.bound * (median or 0.0) if self.relative else self.bound
+        bound = share * self.bound * ((median or 0.0) if self.relative else 1.0)
         return value >= bound if self.side == "above" else value < bound
 
     def told(self, value: float, median: float | None) -> str:
         """The figure with its bound, for a message."""
         bound = f"{self.bound:g}" + (f" x its median {median:.3g}" if self.relative and median is not None else "")
-        side = "not below" if self.side == "above" else "below"
-        return f"{self.metric} {value:.4g} ({side} --{self.flag} {bound})"
+        side = "" if not self.passed(value, median) else "not below " if self.side == "above" else "below "
+        return f"{self.metric} {value:.4g} ({side}--{self.flag} {bound})"
 
 
 @dataclass(frozen=True)
 class Rule:
     """A sickness: all limits are passed, at every look for `patience` updates.
 
-    It looks when more than `grace` updates are finished. It warns when half of its patience is over. `shown`:
-    further figures for its message; `remedies`: what to do, the best first.
+    It looks when more than `grace` updates are finished. It warns when half of its patience is over; without patience
+    when its limits are passed as far as they are `warned_at`. `shown`: further figures for its message; `remedies`:
+    what to do, the best first.
     """
 
     name: str
@@ -93,7 +96,7 @@ class Health:
         able = [
             rule for rule in self._rules if update > rule.grace and all(limit.metric in known for limit in rule.limits)
         ]
-        sick = [rule for rule in able if self._applies(rule, known)]
+        sick = [rule for rule in able if self._passed(rule, known, warned=True)]
         for rule in able:
             if rule not in sick:
                 self._recover(rule, update)
@@ -105,8 +108,8 @@ class Health:
 
     def count(self, update: int, *, skipped: bool) -> None:
         """Take note of every update that was tried: how many have been skipped in a row is a figure, too."""
-        self._skipped = self._skipped + 1 if skipped else 0
-        if skipped:
+        before, self._skipped = self._skipped, self._skipped + 1 if skipped else 0
+        if skipped or before:
             self.check(update, {SKIPPED: float(self._skipped)})
 
     def saved(self, update: int) -> None:
@@ -149,8 +152,12 @@ class Health:
         history = self._history.get(limit.metric, []) if limit.relative else []
         return statistics.median(history) if len(history) >= MIN_HISTORY else None
 
-    def _applies(self, rule: Rule, figures: Mapping[str, float]) -> bool:
-        return all(limit.passed(figures[limit.metric], self._median(limit)) for limit in rule.limits)
+    def _passed(self, rule: Rule, figures: Mapping[str, float], *, warned: bool = False) -> bool:
+        """Whether all limits of a rule are passed, or as far as it warns."""
+        return all(
+            limit.passed(figures[limit.metric], self._median(limit), limit.warned_at if warned else 1.0)
+            for limit in rule.limits
+        )
 
     def _recover(self, rule: Rule, update: int) -> None:
         self._since.pop(rule.name, None)
@@ -161,15 +168,21 @@ class Health:
     def _suffer(self, rule: Rule, update: int, figures: Mapping[str, float]) -> None:
         since = self._since.setdefault(rule.name, update)
         lasted, warned = update - since, rule.name in self._warned
-        if self._stops and lasted >= rule.patience and (warned or not rule.patience):
+        if self._stops and self._passed(rule, figures) and lasted >= rule.patience and (warned or not rule.patience):
             self._end(rule, update, lasted, figures)
         if 2 * lasted >= rule.patience and not warned:
             self._warned.append(rule.name)
-            left = f"; ends the run if it lasts until update {since + rule.patience}" if self._stops else ""
             log.warning(
                 "health: %s at update %d: %s%s; %s",
-                *(rule.name, update, self._told(rule, figures), left, self._advice(rule)),
+                *(rule.name, update, self._told(rule, figures), self._outlook(rule, update), self._advice(rule)),
             )
+
+    def _outlook(self, rule: Rule, update: int) -> str:
+        """For a warning: what follows."""
+        if not self._stops:
+            return ""
+        end = self._since[rule.name] + rule.patience
+        return "; ends the run if it lasts" + (f" until update {end}" if end > update else "")
 
     def _end(self, rule: Rule, update: int, lasted: int, figures: Mapping[str, float]) -> NoReturn:
         duration = f", for {lasted} updates now" if lasted else ""

@@ -96,7 +96,7 @@ def _gradient_rules(config: Config) -> list[Rule]:
     if config.precision.fp16:
         overflows = Rule(
             "too many fp16 overflows (a few are normal)",
-            (Limit(SKIPPED, "above", health.max_overflows, "max_overflows"),),
+            (Limit(SKIPPED, "above", health.max_overflows, "max_overflows", warned_at=0.5),),
             ("--bf16", _SMALLER_LR, "more --fp32_ops, or --amp", _FROM_BEFORE),
         )
         rules.append(overflows)

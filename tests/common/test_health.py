@@ -293,14 +293,20 @@ def fp16(**health: int) -> Config:
     return Config(mode="pretrain", precision=PrecisionConfig(fp16=True), health=HealthConfig(**health))
 
 
-def test_overflows_are_fatal_only_in_a_row_and_after_the_search_for_the_first_scale():
+def test_overflows_are_fatal_only_in_a_row_and_after_the_search_for_the_first_scale(caplog):
+    caplog.set_level(logging.INFO)
     health = health_rules.make_health(fp16())
     for _ in range(40):
         health.count(0, skipped=True)
     for update in range(1, 200):
         health.count(update, skipped=False)
-        for _ in range(11 if update % 20 == 0 else 0):
+        for _ in range(11 if update == 100 else 5 if update % 20 == 0 else 0):
             health.count(update, skipped=True)
+    (warning,) = warnings(caplog)
+    assert f"{SKIPPED} 6 (--max_overflows 12); ends the run if it lasts; " in warning
+    assert "over at update 101" in caplog.text
+    health.saved(200)
+    assert health.kept == (200,)
     health.count(200, skipped=False)
     tried, message = end(lambda tried: health.count(200, skipped=True), range(1, 20))
     assert tried == 12
