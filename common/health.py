@@ -40,14 +40,14 @@ class Limit:
     relative: bool = False
     warned_at: float = 1.0
 
-    def passed(self, value: float, median: float | None, share: float = 1.0) -> bool:
+    def passed(self, value: float, median: float | None = None, share: float = 1.0) -> bool:
         """Whether the figure is on the wrong side of a share of the bound; never without the median that it needs."""
         if self.relative and median is None:
             return False
         bound = share * self.bound * ((median or 0.0) if self.relative else 1.0)
         return value >= bound if self.side == "above" else value < bound
 
-    def told(self, value: float, median: float | None) -> str:
+    def told(self, value: float, median: float | None = None) -> str:
         """The figure with its bound, for a message."""
         bound = f"{self.bound:g}" + (f" x its median {median:.3g}" if self.relative and median is not None else "")
         side = "" if not self.passed(value, median) else "not below " if self.side == "above" else "below "

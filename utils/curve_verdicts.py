@@ -4,24 +4,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from common.health import Rule
 from utils.reference_curves import Point, Reference, ReferenceCurve, nearest
-from utils.run_log import Curve, RunLog
+from utils.run_log import RunLog
+from wav2vec2.health_rules import make_rules, training_figures
 
 Place = Literal["within", "above", "below"]
 Standing = Literal["within", "better", "outside", "collapsed", "nothing to compare"]
 
 SLIGHTLY = 0.25  # of the width of the band
-# What docs/metrics.md calls a collapse: accuracy near 1 though nearly all frames have the same code in every group.
-COLLAPSED_ACCURACY, COLLAPSED_CODES = 0.95, 2.0
-# Bits between the contrastive loss and log2(1 + negatives); a recogniser that writes nothing. Healthy runs go through
-# such phases, too, so they count only after this share of all updates.
-AT_CHANCE, CHANCE_AFTER = 1e-3, 0.75
-BLANK_SHARE, BLANK_AFTER = 0.999, 0.25
-IN_A_ROW = 3  # lines that must say so
+# Healthy runs go through these phases, too, so they count only after this share of all updates.
+PHASES = {"distance_to_chance": 0.75, "val_blank_share": 0.25}
+IN_A_ROW, VALIDATIONS_IN_A_ROW = 3, 2  # figures that must say so
 
 
 @dataclass(frozen=True)
@@ -108,9 +106,10 @@ def judge(run: RunLog, reference: Reference, compared: Sequence[Compared]) -> Ve
     better = [items[-1].curve.title for items in curves.values() if items[-1].better]
     text = f"better than the reference band ({', '.join(better)})" if better else "within the reference band"
     earlier = [f"{item.curve.title} at update {item.point.update}" for item in compared if item.outside]
-    return Verdict(
-        "better" if better else "within", text + (f"; outside before: {', '.join(earlier)}" if earlier else "")
-    )
+    text += f"; outside before: {', '.join(earlier)}" if earlier else ""
+    planned = reference.match["max_update"]
+    text += f"; so far: the log ends at update {run.last_update}" if run.last_update < planned else ""
+    return Verdict("better" if better else "within", text)
 
 
 def _outside(items: Sequence[Compared]) -> str:
@@ -124,46 +123,43 @@ def _outside(items: Sequence[Compared]) -> str:
 
 
 def collapsed(run: RunLog) -> str:
-    """Why going on with this run is no use, and since when; empty where nothing says so."""
-    broken = _streak(run.curves.get("train_loss", {}), lambda update, value: not math.isfinite(value), 1)
+    """Why going on with this run is no use, and since when; empty where nothing says so.
+
+    What ends a run (docs/metrics.md), with the run's own thresholds; but without patience, which a short run, or one
+    with --health warn, outlives.
+    """
+    losses = run.curves.get("train_loss", {})
+    broken = _at_the_end(losses, [update for update in losses if not math.isfinite(losses[update])])
     if broken:
-        return f"the loss is not finite from update {broken}"
-    return _collapsed_codes(run) if run.mode == "pretrain" else _only_blanks(run)
+        return f"the loss is not finite from update {broken[0]}"
+    config = run.settings()
+    figures = {update: training_figures(config, run.at(update)) for update in run.updates}
+    for rule in make_rules(config):
+        if not any(limit.relative for limit in rule.limits):
+            told = _told(rule, figures, config.optim.max_update)
+            if told:
+                return told
+    return ""
 
 
-def _collapsed_codes(run: RunLog) -> str:
-    codes = run.curves.get("train_code_perplexity", {})
-    limit = COLLAPSED_CODES * int(run.section("model").get("latent_groups", 2))
-    first = _streak(
-        run.curves.get("train_accuracy", {}),
-        lambda update, value: value > COLLAPSED_ACCURACY and codes.get(update, math.inf) < limit,
-    )
-    if first:
-        return f"collapsed from update {first}: nearly all frames have the same code (code_perplexity below {limit:g})"
-    chance = math.log2(1 + int(run.section("objective").get("num_negatives", 100)))
-    begin = CHANCE_AFTER * float(run.section("optim").get("max_update", 0))
-    first = _streak(
-        run.curves.get("train_loss_0", {}), lambda update, value: abs(value - chance) < AT_CHANCE and update > begin
-    )
-    return f"collapsed from update {first}: the contrastive loss stands at chance, {chance:.2f} bits" if first else ""
+def _told(rule: Rule, figures: Mapping[int, Mapping[str, float]], max_update: int) -> str:
+    """What a rule says of a run from some update to its end; empty where it says nothing."""
+    metrics = [limit.metric for limit in rule.limits]
+    begin = max(rule.grace, *(PHASES.get(metric, 0.0) * max_update for metric in metrics))
+    looks = [update for update, values in figures.items() if all(metric in values for metric in metrics)]
+    sick = [
+        update
+        for update in looks
+        if update > begin and all(limit.passed(figures[update][limit.metric]) for limit in rule.limits)
+    ]
+    streak = _at_the_end(looks, sick)
+    if len(streak) < (VALIDATIONS_IN_A_ROW if metrics[0].startswith("val_") else IN_A_ROW):
+        return ""
+    last = ", ".join(limit.told(figures[streak[-1]][limit.metric]) for limit in rule.limits)
+    return f"collapsed from update {streak[0]}: {rule.name}; {last}"
 
 
-def _only_blanks(run: RunLog) -> str:
-    begin = BLANK_AFTER * float(run.section("optim").get("max_update", 0))
-    first = _streak(
-        run.curves.get("val_blank_share", {}), lambda update, value: value >= BLANK_SHARE and update > begin, 2
-    )
-    return f"collapsed from update {first}: it writes nothing but blanks" if first else ""
-
-
-def _streak(curve: Curve, bad: Callable[[int, float], bool], least: int = IN_A_ROW) -> int | None:
-    """First update of the bad values at the end of a curve; None where they are fewer than `least`."""
-    streak = list(_bad_at_the_end(curve, bad))
-    return streak[-1] if len(streak) >= least else None
-
-
-def _bad_at_the_end(curve: Curve, bad: Callable[[int, float], bool]) -> Iterator[int]:
-    for update in sorted(curve, reverse=True):
-        if not bad(update, curve[update]):
-            return
-        yield update
+def _at_the_end(updates: Iterable[int], chosen: Sequence[int]) -> list[int]:
+    """The chosen ones behind which there is none that is not chosen, in order."""
+    last = max(set(updates) - set(chosen), default=-1)
+    return sorted(update for update in chosen if update > last)

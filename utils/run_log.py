@@ -3,13 +3,17 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common import flags
 from common.errors import ConfigError, one_line
+from wav2vec2.config import Config
 
 Curve = dict[int, float]  # update -> value, in order of updates
 
@@ -33,14 +37,31 @@ class RunLog:
         return str(self.config.get("mode", ""))
 
     @property
+    def updates(self) -> list[int]:
+        """All updates with a line, in order."""
+        return sorted({update for curve in self.curves.values() for update in curve})
+
+    @property
     def last_update(self) -> int:
         """The last update with a line, 0 without any."""
-        return max((update for curve in self.curves.values() for update in curve), default=0)
+        return max(self.updates, default=0)
 
     def section(self, name: str) -> dict[str, Any]:
         """A section of the configuration."""
         section = self.config.get(name)
         return section if isinstance(section, dict) else {}
+
+    def settings(self) -> Config:
+        """All settings; what another version of the toolkit knew is left out, what it did not know has its default.
+
+        Raises ConfigError for a value that no version takes.
+        """
+        return flags.from_dict(Config, _known(Config(self.mode), self.config), f"{self.folder / 'config.json'}")
+
+    def at(self, update: int) -> dict[str, float]:
+        """All values of one update by name, those of training without their prefix."""
+        values = {name: curve[update] for name, curve in self.curves.items() if update in curve}
+        return {name.removeprefix("train_"): value for name, value in values.items()}
 
     def hours(self) -> tuple[float, float]:
         """Least and most speech that one pass over the data can have, in hours, by what the log tells so far.
@@ -56,6 +77,16 @@ class RunLog:
         most = min((update / (epoch - 1) for update, epoch in self.epochs.items() if epoch > 1), default=math.inf)
         per_update = total / max(rate)
         return per_update * least, per_update * most
+
+
+def _known(section: Any, values: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ANN401 - any section
+    """The values that a section has a setting for."""
+    known = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+    return {
+        name: _known(known[name], value) if dataclasses.is_dataclass(known[name]) else value
+        for name, value in values.items()
+        if name in known
+    }
 
 
 def read_run(folder: Path) -> RunLog:

@@ -26,8 +26,12 @@ _FROM_BEFORE = (
 
 def make_health(config: Config) -> Health:
     """The rules that can judge a run with this configuration."""
-    rules = [*_gradient_rules(config), *(_pretraining_rules if config.mode == "pretrain" else _ctc_rules)(config)]
-    return Health(rules, config.health.health, config.run.output_dir)
+    return Health(make_rules(config), config.health.health, config.run.output_dir)
+
+
+def make_rules(config: Config) -> list[Rule]:
+    """The rules with their thresholds, for one mode of training."""
+    return [*_gradient_rules(config), *(_pretraining_rules if config.mode == "pretrain" else _ctc_rules)(config)]
 
 
 def training_figures(config: Config, values: Mapping[str, float]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from utils import compare_run, curve_plot, record_reference
 from utils.curve_verdicts import collapsed, compare, judge
 from utils.reference_curves import FOLDER, choose, read_reference, shipped
 from utils.run_log import read_run
+from wav2vec2.health_config import HealthConfig
 
 BASE = {"encoder_embed_dim": 768, "latent_groups": 2}
 # Written down a second time, from NVIDIA's README: update -> average, standard deviation, minimum, maximum, median
@@ -37,10 +38,11 @@ WER = {
 }
 
 
-def make_run(folder, values, mode="pretrain", max_update=400000, model=BASE, hours=None, per_epoch=1000):
+def make_run(folder, values, mode="pretrain", max_update=400000, model=BASE, hours=None, per_epoch=1000, **sections):
     """A run's folder with a log of (update, {metric: value}); with `hours` its lines tell so much speech per epoch."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {"mode": mode, "model": model, "optim": {"max_update": max_update}, "objective": {"num_negatives": 100}}
+    config |= sections
     (folder / "config.json").write_text(json.dumps({"config": config | {"run": {"seed": 1}}}))
     lines = [json.dumps({"type": "LOG", "step": "PARAMETER", "data": config})]
     lines.append(json.dumps({"type": "METADATA", "metric": "train_loss", "metadata": {"unit": "bits"}}))
@@ -202,28 +204,41 @@ def test_collapses(tmp_path):
     chance = math.log2(101)
     updates = range(1000, 60000, 1000)
 
-    def log(data, mode="pretrain", max_update=200000):
+    def log(data, mode="pretrain", max_update=200000, **sections):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        return make_run(folder, [(u, data(u)) for u in updates], mode, max_update)
+        return read_run(make_run(folder, [(u, data(u)) for u in updates], mode, max_update, **sections))
+
+    def pinned(distance, max_update=60000, **sections):
+        return log(lambda u: {"train_loss_0": chance + distance, "train_loss": 6.0}, max_update=max_update, **sections)
 
     same = log(
-        lambda u: {"train_accuracy": 0.99 if u > 30000 else 0.3, "train_code_perplexity": 2.0, "train_loss": 0.1}
+        lambda u: (
+            {"train_accuracy": 0.99 if u > 30000 else 0.3, "train_loss": 0.1, "train_loss_0": 0.02}
+            | {"train_code_perplexity": 2.0 if u > 30000 else 200.0}
+        )
     )
-    assert "from update 31000" in collapsed(read_run(same))
-    pinned = log(lambda u: {"train_loss_0": chance + 0.0005, "train_loss": 6.0}, max_update=60000)
-    assert "at chance" in collapsed(read_run(pinned))
-    early = log(lambda u: {"train_loss_0": chance + 0.0005, "train_loss": 6.0}, max_update=200000)
-    assert collapsed(read_run(early)) == ""
+    assert collapsed(same).startswith("collapsed from update 31000: codebook collapse; code_share 0 (below")
+    assert status_of(same.folder, "--reference", "librispeech_base_pretrain") == 1
+    assert "at chance" in collapsed(pinned(0.0005))
+    assert collapsed(pinned(0.0005, max_update=200000)) == ""
+    # with the run's own negatives and thresholds
+    assert collapsed(pinned(0.0005, objective={"num_negatives": 100, "codebook_negatives": 27})) == ""
+    assert collapsed(pinned(0.1)) == ""
+    assert "--chance_margin 0.2" in collapsed(pinned(0.1, health={"chance_margin": 0.2}))
     broken = log(lambda u: {"train_loss": None if u > 40000 else 5.0})
-    assert "not finite from update 41000" in collapsed(read_run(broken))
-    blanks = log(lambda u: {"val_blank_share": 1.0, "train_loss": 5.0}, "finetune")
-    assert "blanks" in collapsed(read_run(blanks))
-    late = log(lambda u: {"val_blank_share": 1.0 if u < 59000 else 0.7, "train_loss": 5.0}, "finetune")
+    assert "not finite from update 41000" in collapsed(broken)
+    blanks = {"val_blank_share": 1.0, "val_length_ratio": 0.0, "train_loss": 5.0}
+    assert "blanks" in collapsed(log(lambda u: blanks, "finetune"))
+    late = log(lambda u: blanks | {"val_blank_share": 1.0 if u < 59000 else 0.7}, "finetune")
     sound = log(
         lambda u: {"train_accuracy": 0.97, "train_code_perplexity": 300.0, "train_loss_0": 2.0, "train_loss": 2}
     )
-    assert collapsed(read_run(late)) == collapsed(read_run(sound)) == ""
-    assert status_of(same, "--reference", "librispeech_base_pretrain") == 1
+    assert collapsed(late) == collapsed(sound) == ""
+
+
+def test_settings_of_another_version(tmp_path):
+    run = read_run(make_run(tmp_path / "run", [], health={"chance_margin": 0.5, "abolished": 3}))
+    assert run.settings().health == HealthConfig(chance_margin=0.5)
 
 
 # ---- Logs -----------------------------------------------------------------------------------------------------------
@@ -387,6 +402,7 @@ def record(tmp_path, series, mode="pretrain"):
             tmp_path / f"seed{n}",
             [(u, dict.fromkeys(metrics, v)) for u, v in values],
             max_update=100,
+            model=BASE | {"latent_vars": 1},  # whose perplexity says nothing
             hours=0.5,
             per_epoch=20,
         )
