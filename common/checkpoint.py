@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from common import torch_file
-from common.errors import CheckpointError, ConfigError, shown
+from common.errors import CheckpointError, ConfigError, shown, size
 from common.torch_file import DamagedError
 
 log = logging.getLogger(__name__)
@@ -131,8 +131,9 @@ def check_space(folder: str | Path, wanted: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < wanted + _SPARE_BYTES:
         raise CheckpointError(
-            f"--output_dir {folder}: the disk has {free / 2**20:.1f} MiB left, and saving takes {wanted / 2**20:.1f}; "
-            "free some space and go on with --resume (older checkpoints are untouched)"
+            f"--output_dir {folder}: the disk has {size(free)} left, and saving takes {size(wanted)} and "
+            f"{size(_SPARE_BYTES)} to spare; free some space and go on with --resume (older checkpoints are "
+            "untouched)"
         )
 
 
@@ -170,8 +171,11 @@ def load_newest(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
         except DamagedError as error:
             log.warning("%s. Trying the checkpoint before it.", error)
     if paths:
+        best = best_path(folder)
+        instead = f"go on with --resume_from {best} and another --output_dir, or " if best.exists() else ""
         raise CheckpointError(
-            f"{folder}: none of the {len(paths)} checkpoints can be read; remove them to start from the beginning"
+            f"{folder}: none of the {len(paths)} checkpoints can be read; {instead}remove them to start from the "
+            "beginning"
         )
     return None
 

@@ -21,6 +21,11 @@ def shown(value: object) -> str:
     return one_line(_BRIEF.repr(value), 80)
 
 
+def size(num_bytes: float) -> str:
+    """A number of bytes for a message: 512.0 MiB, 1.5 GiB."""
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+
+
 class UserError(Exception):
     """Base of all errors that end a program with one line instead of a traceback."""
 

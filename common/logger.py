@@ -180,7 +180,7 @@ class RunLogger:
         now, elapsed = self._now()
         # JSON knows no NaN and no infinity
         data = {f"{scope}_{name}": value if math.isfinite(value) else None for name, value in ordered.items()}
-        with self._writing():
+        with self._writing(self._path):
             for name in ordered:
                 self._describe(f"{scope}_{name}", name, now, elapsed)
             self._lines.log(now, elapsed, step, data)
@@ -190,11 +190,17 @@ class RunLogger:
                 for name, value in ordered.items():
                     self._board.add_scalar(f"{scope}/{name}", value, self._update)
 
-    def parameters(self, values: Mapping[str, Any]) -> None:
-        """Log what is needed to repeat the run (plain values that JSON can hold)."""
+    def parameters(self, values: Mapping[str, Any], file: str = "") -> None:
+        """Log what is needed to repeat the run (plain values that JSON can hold), with a name also as that file."""
         if self._lines is None:
             return
-        with self._writing():
+        if file:
+            path = self._path.with_name(file)
+            partial = path.with_name(f".{file}.tmp")
+            with self._writing(path):
+                partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+                partial.replace(path)
+        with self._writing(self._path):
             self._lines.log(*self._now(), "PARAMETER", dict(values))
             self._lines.flush()
             if self._board is not None:
@@ -218,13 +224,13 @@ class RunLogger:
                 log.warning("%s: its end could not be written (%s)", self._path.parent, error.strerror)
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Let a full disk end the run in one line."""
+    def _writing(self, path: Path) -> Iterator[None]:
+        """Let a full disk end the run in one line that names the file."""
         try:
             yield
         except OSError as error:
             raise TrainingError(
-                f"{self._path}: could not be written ({error.strerror}); free some space and go on with --resume "
+                f"{path}: could not be written ({error.strerror}); free some space and go on with --resume "
                 "(checkpoints are untouched)"
             ) from error
 

@@ -28,9 +28,9 @@ import torch
 import torch.distributed as dist
 
 from common import control_groups, distributed
-from common.errors import UserError, one_line
+from common.errors import UserError, one_line, size
 from utils.findings import Finding
-from utils.machine_checks import GIB, Probes
+from utils.machine_checks import Probes
 
 MODES = ("pretrain", "finetune")
 # --fp16, --bf16, --amp
@@ -87,7 +87,7 @@ def _gpu(index: int) -> Iterator[Finding]:
     properties = torch.cuda.get_device_properties(index)
     capability = properties.major, properties.minor
     free, total = torch.cuda.mem_get_info(index)
-    text = f"{properties.name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
+    text = f"{properties.name}, {size(free)} of {size(total)} free"
     values = {"free_bytes": free, "total_bytes": total, "capability": list(capability)}
     if free < total / 2:
         remedy = "another program uses it (nvidia-smi); wait, or choose devices with CUDA_VISIBLE_DEVICES"

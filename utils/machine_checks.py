@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from common import control_groups
+from common.errors import size
 from utils import program
 from utils.findings import Finding, Status
 
@@ -215,8 +216,8 @@ def memory(probes: Probes) -> Iterator[Finding]:
         return
     available, total = 1024 * int(found["MemAvailable"]), 1024 * int(found["MemTotal"])
     values = {"available_bytes": available, "total_bytes": total, "group_left_bytes": left}
-    told = f"{_gib(available)} of {_gib(total)} available" + (
-        "" if left is None else f", {_gib(left)} left in the control group"
+    told = f"{size(available)} of {size(total)} available" + (
+        "" if left is None else f", {size(left)} left in the control group"
     )
     remedy = "end other programs, use fewer --num_workers, or ask for more memory"
     usable = available if left is None else min(available, left)
@@ -232,7 +233,7 @@ def shared_memory(probes: Probes) -> Iterator[Finding]:
         yield Finding("memory", "/dev/shm", "problem", told, "mount it (mount -t tmpfs), or use --num_workers 0")
         return
     remedy = "start the container with --ipc=host or --shm-size=8g, or use --num_workers 0"
-    told = f"{_gib(free)} of {_gib(total)} free"
+    told = f"{size(free)} of {size(total)} free"
     values = {"free_bytes": free, "total_bytes": total}
     yield _graded("memory", "/dev/shm", free, SHARED_MEMORY, told, remedy, values)
 
@@ -253,7 +254,7 @@ def disk(probes: Probes, output_dir: Path) -> Iterator[Finding]:
     except OSError as error:
         yield Finding("disk", "space", "problem", f"{folder}: {error.strerror}", "choose another --output_dir")
         return
-    told = f"{_gib(free)} of {_gib(total)} free in {folder}"
+    told = f"{size(free)} of {size(total)} free in {folder}"
     remedy = "make room, or choose another --output_dir; a checkpoint of Base takes 1.1 GB, and a run keeps several"
     yield _graded("disk", "space", free, DISK, told, remedy, {"free_bytes": free, "total_bytes": total})
     yield _lock(probes, folder)
@@ -322,7 +323,3 @@ def _graded(
     if value >= limits[1]:
         return Finding(section, name, "ok", told, values=values)
     return Finding(section, name, "problem" if value < limits[0] else "warning", told, remedy, values)
-
-
-def _gib(number: int) -> str:
-    return f"{number / GIB:.1f} GiB" if number >= GIB else f"{number / MIB:.0f} MiB"

@@ -3,7 +3,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import json
 import logging
 import platform
 import shutil
@@ -18,7 +17,7 @@ from torch import nn
 
 from common import checkpoint, distributed, flags, rng, sharding
 from common.ema import Ema
-from common.errors import ConfigError
+from common.errors import ConfigError, size
 from common.labels import Dictionary
 from common.lock import FolderLock
 from common.logger import RunLogger
@@ -183,13 +182,9 @@ def _check_disk(run: Run) -> None:
     free = shutil.disk_usage(folder).free
     if free < kept * one:
         log.warning(
-            "--output_dir %s: %.1f GiB are free, and the checkpoints to come may take %.1f GiB (%d of %.1f); the run "
-            "ends with the last one whole when the disk is full",
-            folder,
-            free / 2**30,
-            kept * one / 2**30,
-            kept,
-            one / 2**30,
+            "--output_dir %s: %s are free, and the checkpoints to come may take %s (%d of %s); the run ends with the "
+            "last one whole when the disk is full",
+            *(folder, size(free), size(kept * one), kept, size(one)),
         )
 
 
@@ -315,9 +310,7 @@ def _describe(run: Run, command: list[str]) -> None:
         "world_size": distributed.world_size(),
         "device": str(run.device),
     }
-    run.logger.parameters(description)
-    if distributed.is_main():
-        (Path(config.run.output_dir) / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+    run.logger.parameters(description, "config.json")
 
 
 def _commit() -> str | None:

@@ -19,7 +19,7 @@ import torch
 from common import distributed, memory
 from common.data.collate import Batch
 from common.data.loader import TrainLoader
-from common.errors import ConfigError, DataError
+from common.errors import ConfigError, DataError, size
 from common.sharding import Sharded
 from wav2vec2.data_config import DataConfig
 from wav2vec2.layout import scale_window, sub_batches_per_update, with_fewer_joined
@@ -222,7 +222,7 @@ def _report(largest: Largest, found: Sequence[Found]) -> str:
     share, each = max(shares, key=lambda pair: pair[0])
     return (
         f"the largest batch ({largest.joined} sub-batches, {largest.samples[-1] / 1e6:.1f} M samples) takes "
-        f"{_gib(each.need or 0)} at its peak, {_gib(each.available)} are there ({100 * max(1 - share, 0):.0f} % free)"
+        f"{size(each.need or 0)} at its peak, {size(each.available)} are there ({100 * max(1 - share, 0):.0f} % free)"
     )
 
 
@@ -231,9 +231,9 @@ def _join_fewer(run: Run, largest: Largest, found: Sequence[Found]) -> None:
     data = run.config.data
     available, needs = min(each.available for each in found), [each.need for each in found if each.need is not None]
     layout = f"--num_concat_batches {data.num_concat_batches} --update_freq {data.update_freq}"
-    too_large = f"more than the {_gib(available)} that are there"
+    too_large = f"more than the {size(available)} that are there"
     if needs and max(needs) > available:
-        too_large = f"{_gib(max(needs))} and {_gib(available)} are there"
+        too_large = f"{size(max(needs))} and {size(available)} are there"
     smaller, need = _fitting(data, largest, found)
     if smaller is None:
         rows = "--bucketing_batch_size" if data.bucketing_batch_size else f"--max_tokens {data.max_tokens}"
@@ -247,7 +247,7 @@ def _join_fewer(run: Run, largest: Largest, found: Sequence[Found]) -> None:
         passes = "" if data.world_batches else f" UPDATE_FREQ={smaller.update_freq}"
         raise ConfigError(
             f"{layout}: the largest batch needs {too_large}; NUM_CONCAT_BATCHES={smaller.num_concat_batches}{passes} "
-            f"would fit ({_gib(need)}): set {'them' if passes else 'it'}, or add --auto_batch"
+            f"would fit ({size(need)}): set {'them' if passes else 'it'}, or add --auto_batch"
         )
     log.warning(
         "--auto_batch: the largest batch of %s needs %s; the run goes on with --num_concat_batches %d "
@@ -284,7 +284,3 @@ def apply_layout(run: Run, data: DataConfig) -> None:
     run.train_loader.set_layout(concat=data.num_concat_batches, update_freq=data.update_freq)
     if run.optimizer.scaler:
         run.optimizer.scaler.window = scale_window(run.config, distributed.world_size())
-
-
-def _gib(number: int) -> str:
-    return f"{number / memory.GIB:.1f} GiB"

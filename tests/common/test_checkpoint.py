@@ -277,7 +277,10 @@ def test_a_run_is_never_silently_started_anew(tmp_path):
     checkpoint.save(path, make_state(7))
     whole = path.read_bytes()
     path.write_bytes(whole[:300])
-    with pytest.raises(CheckpointError, match="none of the 1 checkpoints can be read"):
+    with pytest.raises(CheckpointError, match="none of the 1 checkpoints can be read; remove them"):
+        newest_valid(tmp_path)
+    checkpoint.best_path(tmp_path).write_bytes(whole)
+    with pytest.raises(CheckpointError, match=r"can be read; go on with --resume_from .*wav2vec2_best\.pt"):
         newest_valid(tmp_path)
     path.write_bytes(whole)
     torch.save({**make_state(), "format": "wav2vec2", "format_version": 99}, tmp_path / "wav2vec2_update8.pt")

@@ -72,7 +72,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, mon
     writer.wait()
     usage = checkpoint.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=2**20 + 7999))
-    with pytest.raises(CheckpointError, match="1.0 MiB left, and saving takes 0.0"):
+    with pytest.raises(CheckpointError, match="1.0 MiB left, and saving takes 0.0 MiB and 1.0 MiB to spare"):
         writer.save([tmp_path / "b.pt"], state(2.0), lambda: None)  # 2 x 1000 x 4 bytes
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=2**20 + 8000))

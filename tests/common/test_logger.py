@@ -192,6 +192,21 @@ def test_a_full_disk_ends_the_run_in_one_line_and_can_still_be_closed(tmp_path, 
     run.close()
 
 
+def test_parameters_as_a_file_are_whole_or_as_before(tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    run = make_logger(tmp_path)
+    run.parameters({"lr": 1}, "config.json")
+    (tmp_path / ".config.json.tmp").symlink_to("/dev/full")
+    with pytest.raises(TrainingError, match=r"/config\.json: could not be written \(No space left"):
+        run.parameters({"lr": 2}, "config.json")
+    assert json.loads((tmp_path / "config.json").read_text()) == {"lr": 1}
+    (tmp_path / ".config.json.tmp").unlink()
+    run.parameters({"lr": 2}, "config.json")
+    assert json.loads((tmp_path / "config.json").read_text()) == {"lr": 2}
+    run.close()
+
+
 def test_other_ranks_write_nothing(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     run = make_logger(tmp_path / "run", enabled=False, tensorboard=True)
