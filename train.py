@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 
 from common import distributed, rng
 from common.data.collate import Batch
@@ -22,10 +22,12 @@ from wav2vec2.run import Run
 def main(argv: Sequence[str]) -> None:
     """Train as the command line says."""
     config = parse_train(argv)
-    with Preemption() as preemption, distributed.session(config.run.device) as device:
+    with Preemption() as preemption, distributed.session(config.run.device) as device, ExitStack() as at_last:
         setup_console(is_main=distributed.is_main())
         with Watchdog(**config.run.watched()) as watchdog:
-            train(build_run(config, device, ["train.py", *argv], preemption=preemption, watchdog=watchdog))
+            run = build_run(config, device, ["train.py", *argv], preemption=preemption, watchdog=watchdog)
+            at_last.callback(run.close)  # once all processes know how this one ends, however long it takes
+            train(run)
 
 
 def train(run: Run) -> None:
@@ -39,8 +41,6 @@ def train(run: Run) -> None:
     except DataError:
         run.rescue()  # a bad file must not cost what was learnt before it
         raise
-    finally:
-        run.close()
 
 
 def train_step(run: Run, batches: Sequence[Batch], step: int) -> bool:

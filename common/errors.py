@@ -45,16 +45,6 @@ class DataError(UserError):
     """A file of the user's data that cannot be used. Message: "file:line: why; what to do"."""
 
 
-def killed_worker(error: RuntimeError, flag: str = "--num_workers") -> DataError | None:
-    """The error of the data that torch tells as a RuntimeError, from its signal handler anywhere in the program."""
-    if not str(error).startswith("DataLoader worker"):
-        return None
-    return DataError(
-        f"{flag}: a process that reads audio was killed, most often because memory or /dev/shm was full; use fewer, or "
-        "smaller batches"
-    )
-
-
 class CheckpointError(UserError):
     """A checkpoint that cannot be read or does not fit. Message: "file: why; what to do"."""
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 
 from common import distributed
-from common.errors import Stopped, TrainingError, UserError, killed_worker, one_line
+from common.errors import Stopped, TrainingError, UserError, one_line
 from common.memory import is_allocation_failure
 
 log = logging.getLogger(__name__)
@@ -118,9 +118,8 @@ class Watchdog:
             )
             told.where = f"{self._own().process}: {self._own().place}"
             told.by_all = False
-        elif isinstance(error, RuntimeError):
-            told = killed_worker(error) or error
-            verdict = self._wait_for_verdict() if self._has_peers and _is_out_of_touch(error) else ""
+        elif self._has_peers and isinstance(error, RuntimeError) and _is_out_of_touch(error):
+            verdict = self._wait_for_verdict()
         self._ended, self._at_fault = told is None, not verdict
         self._failure = "" if told is None else one_line(verdict or told) or type(told).__name__
         self._closing.set()

@@ -261,7 +261,7 @@ class Run:
 
     def rescue(self) -> None:
         """Save where a run of one process stands; several may no longer agree on where that is."""
-        if self.progress.step and distributed.world_size() == 1:
+        if self.progress.step != (self._saved_step or 0) and distributed.world_size() == 1:
             with suppress(WentBack):
                 self.save(self._path)
 

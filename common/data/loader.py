@@ -3,32 +3,27 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import gc
 import logging
 import math
-import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from common.data.batching import SubBatches
 from common.data.collate import Batch, Collator, FileNews
 from common.data.dataset import Sample, SpeechDataset
 from common.data.sampler import VALIDATION, PlannedSubBatch, UpdateSampler
 from common.data.watch import BadFiles, Conversions, Work
-from common.errors import DataError, UserError, killed_worker
-from common.host_memory import give_back_freed_memory
-from common.preemption import held_back, shield_worker
+from common.data.workers import read_batches, tidy_worker
+from common.errors import DataError, UserError
 
 log = logging.getLogger(__name__)
-PREFETCH_PER_WORKER = 2
 POSITION = ("epoch", "position", "updates_per_epoch")  # where a loader stands; the rest says of which plan
-TIDY_EVERY = 256  # batches of a worker
 MOST_REPLACED = 100  # sub-batches one after another of which nothing can be used
 CPU = torch.device("cpu")
 
@@ -351,72 +346,3 @@ def copied_ahead(updates: Iterator[list[Batch]], device: torch.device) -> Iterat
         yield handed_out
         del handed_out  # its memory serves the next copy
     raise copied
-
-
-def read_batches(
-    source: Dataset,
-    keys: Iterable[list[PlannedSubBatch]] | None,
-    num_workers: int,
-    pin_memory: bool,
-    bad_files: BadFiles,
-) -> Iterator[Batch]:
-    """Batches in the order of the keys (None: of the source); errors that were returned are raised."""
-    loader = DataLoader(
-        source,
-        batch_size=None,
-        sampler=keys,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # a private one: starting to iterate must not draw from the global one
-        **_worker_options(num_workers),
-    )
-    for batch in _living(loader):
-        if isinstance(batch, UserError):
-            raise batch
-        if isinstance(batch, FileNews):
-            bad_files.add(batch.bad)
-        else:
-            yield batch
-
-
-def _living(loader: DataLoader) -> Iterator[Any]:
-    """What the workers give. DataError where one was killed, which torch tells as a RuntimeError."""
-    try:
-        with held_back():  # a worker that has not come to shield_worker() yet would die of them
-            batches = iter(loader)
-        yield from batches
-    except RuntimeError as error:
-        killed = killed_worker(error, f"--num_workers {loader.num_workers}")
-        if killed is None:
-            raise
-        raise killed from None
-
-
-def _worker_options(num_workers: int) -> dict[str, Any]:
-    """How workers start.
-
-    Forked on Linux: the arrays of a manifest are shared instead of copied, and no worker imports torch again.
-    It is safe although the parent may hold a GPU and threads, because workers only use NumPy, libsndfile and
-    single-threaded tensors on the CPU. Elsewhere forking is unsafe or unknown, so the platform's default is used.
-    """
-    if num_workers == 0:
-        return {}
-    options: dict[str, Any] = {"prefetch_factor": PREFETCH_PER_WORKER, "worker_init_fn": _start_worker}
-    if sys.platform == "linux":
-        options["multiprocessing_context"] = "fork"
-    return options
-
-
-def tidy_worker(batches: int) -> None:
-    """Once in a while give memory back: clips of all lengths leave holes, which add up over days."""
-    if batches % TIDY_EVERY == 0 and get_worker_info() is not None:
-        give_back_freed_memory()
-
-
-def _start_worker(_: int) -> None:
-    """Leave signals to the main process, which ends the workers.
-
-    What was inherited is kept out of garbage collections, which would write to its pages and so copy them.
-    """
-    shield_worker()
-    gc.freeze()

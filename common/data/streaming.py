@@ -26,7 +26,7 @@ from common import distributed
 from common.data.batching import plan_sub_batches
 from common.data.collate import Batch, Collator, FileNews
 from common.data.dataset import Waveforms
-from common.data.loader import UpdateLoader, read_batches, tidy_worker
+from common.data.loader import UpdateLoader
 from common.data.manifest import Manifest
 from common.data.masking import SpanMasking
 from common.data.sampler import PlannedSubBatch
@@ -35,6 +35,7 @@ from common.data.selection import LengthLimits, check_crop
 from common.data.shard_reading import ClipReader, Part, StreamedClip, Tally, shuffled, webdataset
 from common.data.shards import shards_of_rank
 from common.data.watch import BadFiles
+from common.data.workers import read_batches, tidy_worker
 from common.errors import ConfigError, DataError, UserError
 from common.rng import key, numpy_rng
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,15 +99,16 @@ def main() -> None:
     with distributed.session("cpu") as device:
         for name, case in CASES.items():
             for parallel in ("ddp", "fsdp"):
-                train.train(build(case, name, parallel))
+                with closing(build(case, name, parallel)) as run:
+                    train.train(run)
         for source, parallel in OTHER.items():
             if distributed.is_main():
                 (folder / f"resumed_{parallel}").mkdir()
                 shutil.copy(checkpoint.update_path(folder / source, 2), folder / f"resumed_{parallel}")
             distributed.barrier()
-            run = build(EXACT["pretrain"], "resumed", parallel, "--resume")
-            run.save(folder / f"resumed_{parallel}" / "unchanged.pt")
-            train.train(run)
+            with closing(build(EXACT["pretrain"], "resumed", parallel, "--resume")) as run:
+                run.save(folder / f"resumed_{parallel}" / "unchanged.pt")
+                train.train(run)
         go_on(build, folder, device)
 
 

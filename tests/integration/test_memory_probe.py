@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -242,7 +243,7 @@ def test_files_that_cannot_be_read_are_no_matter_of_memory(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         run = build(command)
     assert "memory: the largest batches cannot be read" in caplog.text
-    with pytest.raises(DataError, match=r"\.wav"):
+    with closing(run), pytest.raises(DataError, match=r"\.wav"):
         train.train(run)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,13 +16,17 @@ from tiny import MODEL_FLAGS, corpus
 
 import train
 from common import checkpoint
-from common.errors import Stopped
+from common.checkpoint_writer import CheckpointWriter
+from common.errors import DataError, Stopped
 from common.preemption import Preemption
+from common.watchdog import Watchdog
 from wav2vec2 import run as run_module
 from wav2vec2.run import Run
 
 FLAGS = [*MODEL_FLAGS, "--num_workers", "0", "--device", "cpu", "--max_tokens", "40000", "--num_negatives", "10"]
 FLAGS += ["--mask_length", "3", "--lr", "0.002", "--max_update", "6", "--ema", "0.5", "--resume"]
+# nothing is validated, and only the end is saved
+RARELY = ("--validate_frequency", "1000", "--save_frequency", "1000", "--keep_milestones", "100")
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +106,57 @@ def test_the_best_checkpoint_does_not_stand_for_that_of_the_update(data, tmp_pat
         real(self, updated and len(tried) != 3)
 
     monkeypatch.setattr(Run, "after_update", after)
-    rare = ("--validate_interval_updates", "2", "--validate_frequency", "1000", "--save_frequency", "1000")
     with pytest.raises(Stopped, match="after update 2 of 6; .*wav2vec2_update2.pt is saved"):
-        run(data, tmp_path, *rare, "--keep_milestones", "100")
+        run(data, tmp_path, *RARELY, "--validate_interval_updates", "2")
     assert (tmp_path / "wav2vec2_update2.pt").exists()
+
+
+def test_how_a_process_ends_is_told_before_its_last_write_is_waited_for(data, tmp_path, monkeypatch):
+    """Other processes would wait as long for the reason."""
+    told = threading.Event()
+    real_write, real_exit = CheckpointWriter._write, Watchdog.__exit__
+
+    def write(self: CheckpointWriter, *job) -> None:
+        assert told.wait(30)
+        real_write(self, *job)
+
+    def tell(self: Watchdog, *error) -> None:
+        real_exit(self, *error)
+        told.set()
+
+    def fail(self: Run, step: int) -> None:
+        if step == 3:
+            raise ValueError("a defect")
+
+    monkeypatch.setattr(CheckpointWriter, "_write", write)
+    monkeypatch.setattr(Watchdog, "__exit__", tell)
+    monkeypatch.setattr(Run, "set_step", fail)
+    with pytest.raises(ValueError, match="a defect"):
+        run(data, tmp_path, *RARELY, "--save_interval_updates", "3")
+    assert (tmp_path / "wav2vec2_update3.pt").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
+def test_a_worker_that_dies_during_an_update_costs_nothing(data, tmp_path, monkeypatch):
+    """The update is finished, and saved; the same command comes to the weights of a run without the death."""
+    one = ("--num_workers", "1", *RARELY)
+    run(data, tmp_path / "straight", *one)
+    real = Run.set_step
+
+    def killed(self: Run, step: int) -> None:
+        if step == 3:
+            worker = min(child.pid for child in multiprocessing.active_children())
+            os.kill(worker, signal.SIGKILL)
+            os.waitid(os.P_PID, worker, os.WEXITED | os.WNOWAIT)
+        real(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "set_step", killed)
+        with pytest.raises(DataError, match="a process that reads audio was killed"):
+            run(data, tmp_path / "killed", *one)
+    assert [path.name for path in checkpoint.update_paths(tmp_path / "killed")] == ["wav2vec2_update4.pt"]
+    run(data, tmp_path / "killed", *one)
+    assert_same_state(everything(tmp_path / "killed"), everything(tmp_path / "straight"))
 
 
 def test_a_run_that_does_not_save_says_so(data, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import torch
 
-from common.data import loader as loader_module
+from common.data import workers as workers_module
 from common.data.audio import normalize as normalized
 from common.data.collate import Batch
 from common.data.manifest import read_manifest
@@ -474,8 +474,8 @@ def test_a_program_ends_with_workers_still_reading(corpus):
 
 def test_a_worker_gives_memory_back_once_in_a_while_and_training_does_not(corpus, monkeypatch, tmp_path):
     told = tmp_path / "told"
-    monkeypatch.setattr(loader_module, "TIDY_EVERY", 2)
-    monkeypatch.setattr(loader_module, "give_back_freed_memory", lambda: told.open("a").write("."))
+    monkeypatch.setattr(workers_module, "TIDY_EVERY", 2)
+    monkeypatch.setattr(workers_module, "give_back_freed_memory", lambda: told.open("a").write("."))
     for workers in (0, 1):
         reading = training(corpus, num_workers=workers, update_freq=1)
         for _ in range(6):

@@ -17,7 +17,7 @@ import soundfile
 
 from common.data import dataset as dataset_module
 from common.data.batching import Bucketing
-from common.data.loader import MOST_REPLACED, _living
+from common.data.loader import MOST_REPLACED
 from common.data.manifest import join_manifests, read_manifest
 from common.data.masking import SpanMasking
 from common.data.prepare import train_loader, valid_loader
@@ -337,22 +337,3 @@ def test_another_plan_of_as_many_sub_batches_is_noticed(corpus, caplog):
     ended = training(corpus, **settings | {"semi_sorted": 0.3})
     ended.load_state_dict(state | {"position": state["updates_per_epoch"]})
     assert ended.at_epoch_end  # what is complete does not begin again
-
-
-def test_a_killed_worker_is_told_in_one_line():
-    """As torch tells it to who waits for a batch; other errors stay what they are."""
-
-    class Dying:
-        num_workers = 3
-
-        def __init__(self, message):
-            self.message = message
-
-        def __iter__(self):
-            yield 1
-            raise RuntimeError(self.message)
-
-    with pytest.raises(DataError, match="--num_workers 3: a process that reads audio was killed"):
-        list(_living(Dying("DataLoader worker (pid 7) is killed by signal: Killed. ")))
-    with pytest.raises(RuntimeError, match="another fault"):
-        list(_living(Dying("another fault")))
