@@ -175,6 +175,7 @@ class Watchdog:
     # ---- The thread that judges -------------------------------------------------------------------------------------
 
     def _judge(self) -> None:
+        suspected = False
         while not self._closing.wait(TICK):
             self._ticks_in_place += 1
             self._ticks_without_store += 1
@@ -184,8 +185,9 @@ class Watchdog:
                 continue
             verdict = self._verdict() if self._has_peers else ""
             stuck = bool(self._hang_timeout) and self._ticks_in_place * TICK >= self._hang_timeout
-            if verdict or stuck:
+            if stuck or (verdict and suspected):
                 self._end(verdict)
+            suspected = bool(verdict)  # a tick later the last words of that process are there
 
     def _silence(self, peer: _Peer) -> float:
         """Seconds without a sign of a process; without the store nobody is heard, which is not their fault."""
@@ -217,12 +219,12 @@ class Watchdog:
     def _wait_for_verdict(self) -> str:
         """What ended the connection to another process; empty if all of them live on."""
         deadline = time.monotonic() + self._heartbeat_timeout + 5 * TICK
-        while time.monotonic() < deadline:
-            verdict = self._verdict()
-            if verdict:
-                return verdict
+        while not self._verdict():
+            if time.monotonic() >= deadline:
+                return ""
             time.sleep(TICK / 4)
-        return ""
+        time.sleep(TICK)  # then the last words of that process are there
+        return self._verdict()
 
     def _end(self, verdict: str) -> None:
         """End this process, whose main thread may be waiting for ever."""
@@ -251,11 +253,12 @@ class Watchdog:
     def _report(self, verdict: str) -> None:
         """Say why the run ends and where all processes stand: one process of every machine does."""
         peers = [peer.standing for peer in list(self._peers.values())]
-        here = [one for one in peers if one.machine == self._machine and not one.is_gone(self._machine)]
+        here = [one for one in peers if one.machine == self._machine]
         if any(one.failure and one.at_fault for one in here):
             return  # it tells itself
         silent = {rank for rank, peer in self._peers.items() if self._silence(peer) > self._heartbeat_timeout / 2}
-        if any(one.rank < self._rank and one.rank not in silent for one in here):
+        able = [one.rank for one in here if one.rank not in silent and not one.is_gone(self._machine)]
+        if any(rank < self._rank for rank in able):
             return
         lines = [f"error: {verdict}", "where the processes stand:"]
         standings = sorted([self._own(), *peers], key=lambda one: one.rank)

@@ -240,6 +240,8 @@ def launch(argv: Sequence[str]) -> int:
     stop.listen()
     if "LOGLEVEL" not in os.environ:  # torch's variable: whoever sets it wants to read its log  # noqa: TID251
         logging.disable(logging.ERROR)
+        # of the processes' C++ parts, too: a stack of theirs for a lost connection would bury what the watchdog says
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # noqa: TID251
     if args.log_dir is None and args.redirects == args.tee == "0":
         args.log_dir = os.devnull  # torch would leave an empty folder per run in that of temporary files
     stopped = _stopped_status(args.training_script_args)

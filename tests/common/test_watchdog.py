@@ -38,7 +38,9 @@ def process(scenario: str) -> None:
             for update in (1, 2):
                 dog.at("forward and backward", update=update, ids=[f"clip{n}" for n in range(6)])
                 distributed.sum_across_ranks(1.0, device)
-            time.sleep(1.0)  # so that the others have heard it
+            while [peer.standing.update for peer in dog._peers.values()] != [2]:
+                time.sleep(0.01)
+            distributed.barrier()  # now each has heard of the other
             if distributed.rank() == (0 if scenario == "kill_0" else 1):
                 befall(scenario)
             if scenario != "finish":
