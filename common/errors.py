@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _BRIEF = reprlib.Repr()
 _BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 3, 80, 80
@@ -32,6 +34,16 @@ class UserError(Exception):
     exit_status = 1
     where = ""  # process, update and batch, where several processes make it worth telling
     by_all = False  # every process of the run finds it, so one of each machine tells it
+
+
+@contextmanager
+def found_by_all() -> Iterator[None]:
+    """For work that every process does on the same files: its errors are told by one of each machine."""
+    try:
+        yield
+    except UserError as error:
+        error.by_all = True
+        raise
 
 
 class ConfigError(UserError):

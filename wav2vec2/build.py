@@ -17,7 +17,7 @@ from torch import nn
 
 from common import checkpoint, distributed, flags, rng, sharding
 from common.ema import Ema
-from common.errors import ConfigError, size
+from common.errors import ConfigError, found_by_all, size
 from common.labels import Dictionary
 from common.lock import FolderLock
 from common.logger import RunLogger
@@ -59,7 +59,8 @@ def build_run(
     torch.backends.cudnn.allow_tf32 = config.precision.allow_tf32
     _check_writable(Path(config.run.output_dir))
     lock = _lock(config) if distributed.is_main() else None
-    start = find_start(solved(config, distributed.world_size()))
+    with found_by_all():
+        start = find_start(solved(config, distributed.world_size()))
     config, dictionary = start.config, start.dictionary
     model = build_model(config, dictionary)
     trunk(model).encoder.checkpoint_activations = config.run.checkpoint_activations
@@ -84,7 +85,8 @@ def build_run(
     optimizer = build_optimizer(config, model)
     if o2:
         optimizer.load_master({name: master[name] for name in optimizer.master_weights()})
-    train, valid = build_loaders(config, device, dictionary)
+    with found_by_all():
+        train, valid = build_loaders(config, device, dictionary)
     run = Run(
         config=config,
         device=device,

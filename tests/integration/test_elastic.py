@@ -347,6 +347,28 @@ def test_a_run_goes_on_without_a_lost_machine_and_with_it_again(data, tmp_path, 
     assert_close(weights(output, mark), weights(alone, mark))
 
 
+IMPATIENT = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from utils import launch
+launch.SECONDS_AFTER_CLOSING = 1.0
+launch.main(sys.argv[1:])
+"""
+
+
+def test_a_machine_does_not_wait_for_one_that_has_ended_for_good(launch, tmp_path):
+    """Its program would wait for ever for the other's, which was refused before they met."""
+    port, mark = free_port(), tmp_path / "waits"
+    flags = [*machine("2", f"127.0.0.1:{port}", "--no_python")[len(LAUNCH) :], "bash", "-c"]
+    one = launch([*SCRIPT, IMPATIENT, *flags, f"touch {mark} && exec sleep 1000"])
+    until(lambda: listens(port), one)  # it is the one that has the rendezvous
+    other = launch([*LAUNCH, *flags, f"until [ -e {mark} ]; do sleep 0.1; done; exit 2"])
+    assert other.wait(60) == 2, other.output
+    assert one.wait(60) == 1, one.output
+    assert "the launcher of another machine has ended with an error, which it tells" in one.output
+    assert "Traceback" not in one.output
+
+
 def may_make_namespaces() -> bool:
     """Whether links between network namespaces may be made here."""
     try:

@@ -526,6 +526,7 @@ def test_options_of_health_without_effect_are_refused(data, tmp_path):
         ("--max_overflows", "3"),
         ("--no_quantize_targets", "--min_code_share", "0.1"),
         ("--max_blank_share", "0.9"),
+        ("--no_save", "--on_nan", "rollback"),
     ):
         with pytest.raises(ConfigError, match=more[-2]):
             parse_train(["pretrain", "--data", str(data), "--output_dir", str(tmp_path), *more])

@@ -17,6 +17,7 @@ from tiny import MODEL_FLAGS, corpus
 import train
 from common import checkpoint
 from common.checkpoint_writer import CheckpointWriter
+from common.data import workers
 from common.errors import DataError, Stopped
 from common.preemption import Preemption
 from common.watchdog import Watchdog
@@ -112,7 +113,7 @@ def test_the_best_checkpoint_does_not_stand_for_that_of_the_update(data, tmp_pat
 
 
 def test_how_a_process_ends_is_told_before_its_last_write_is_waited_for(data, tmp_path, monkeypatch):
-    """Other processes would wait as long for the reason."""
+    """Other processes would wait as long for the reason. Where they end this one, a write that hangs is left behind."""
     told = threading.Event()
     real_write, real_exit = CheckpointWriter._write, Watchdog.__exit__
 
@@ -126,14 +127,36 @@ def test_how_a_process_ends_is_told_before_its_last_write_is_waited_for(data, tm
 
     def fail(self: Run, step: int) -> None:
         if step == 3:
+            self.watchdog.before_end()
             raise ValueError("a defect")
 
+    monkeypatch.setattr(run_module, "_LAST_WRITE", 0.1)
     monkeypatch.setattr(CheckpointWriter, "_write", write)
     monkeypatch.setattr(Watchdog, "__exit__", tell)
     monkeypatch.setattr(Run, "set_step", fail)
     with pytest.raises(ValueError, match="a defect"):
         run(data, tmp_path, *RARELY, "--save_interval_updates", "3")
     assert (tmp_path / "wav2vec2_update3.pt").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
+def test_a_signal_to_the_whole_job_while_a_worker_starts_costs_nothing(data, tmp_path, monkeypatch):
+    """The worker gets it before it is ready for it; it outlives that, and the parent stops in order."""
+    one = ("--num_workers", "1", *RARELY)
+    run(data, tmp_path / "straight", *one)
+    real = workers.shield_worker
+
+    def shield() -> None:
+        for pid in (os.getpid(), os.getppid()):
+            os.kill(pid, signal.SIGTERM)
+        real()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "shield_worker", shield)
+        with pytest.raises(Stopped, match="SIGTERM, after update 1 of 6"):
+            run(data, tmp_path / "stopped", *one)
+    run(data, tmp_path / "stopped", *one)
+    assert_same_state(everything(tmp_path / "stopped"), everything(tmp_path / "straight"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
