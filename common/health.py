@@ -182,7 +182,7 @@ class Health:
         if not self._stops:
             return ""
         end = self._since[rule.name] + rule.patience
-        return "; ends the run if it lasts" + (f" until update {end}" if end > update else "")
+        return "; ends the run if it lasts" + (f", until update {end}" if end > update else "")
 
     def _end(self, rule: Rule, update: int, lasted: int, figures: Mapping[str, float]) -> NoReturn:
         duration = f", for {lasted} updates now" if lasted else ""

@@ -92,7 +92,7 @@ def test_a_sickness_is_warned_of_at_half_its_patience_and_ends_the_run_at_all_of
     feed(health, range(100, 160, 10), x=0.5, y=7.0)
     (told,) = warnings(caplog)
     assert "too low at update 110" in told
-    assert "until update 160" in told
+    assert "if it lasts, until update 160;" in told
     with pytest.raises(TrainingError) as error:
         health.check(160, {"x": 0.5, "y": 7.0})
     message = str(error.value)

@@ -16,6 +16,7 @@ import pytest
 import soundfile
 import torch
 from conftest import ROOT
+from equal import assert_same
 from tiny import MODEL_FLAGS, corpus
 
 import train
@@ -92,18 +93,6 @@ def replayed(capsys: pytest.CaptureFixture[str], *paths: Path) -> str:
 
 def last(output: Path) -> dict[str, Any]:
     return checkpoint.load(checkpoint.update_path(output, 12))
-
-
-def assert_same(found: Any, expected: Any, where: str = "") -> None:
-    """Bit for bit."""
-    if isinstance(expected, torch.Tensor):
-        assert torch.equal(found, expected), where
-    elif isinstance(expected, dict):
-        assert found.keys() == expected.keys(), where
-        for key in expected:
-            assert_same(found[key], expected[key], f"{where}/{key}")
-    else:
-        assert found == expected, where
 
 
 def learnt(state: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from equal import assert_same
 from tiny import MODEL_FLAGS, corpus
 
 import train
@@ -69,23 +70,6 @@ def everything(run: Run) -> dict[str, Any]:
         "layers": getattr(run.task.model, "w2v", run.task.model).encoder.kept,
     }
     return deepcopy(state)
-
-
-def assert_same(found: Any, expected: Any, where: str = "") -> None:
-    """Bit for bit."""
-    if isinstance(expected, torch.Tensor):
-        assert found.dtype == expected.dtype, where
-        assert torch.equal(found, expected), where
-    elif isinstance(expected, dict):
-        assert found.keys() == expected.keys(), where
-        for key in expected:
-            assert_same(found[key], expected[key], f"{where}/{key}")
-    elif isinstance(expected, (list, tuple)):
-        assert len(found) == len(expected), where
-        for index, item in enumerate(expected):
-            assert_same(found[index], item, f"{where}/{index}")
-    else:
-        assert found == expected, where
 
 
 KINDS = {

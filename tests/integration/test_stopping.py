@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from equal import assert_same
 from tiny import MODEL_FLAGS, corpus
 
 import train
@@ -58,14 +59,8 @@ def everything(folder: Path, name: str = "wav2vec2_update6.pt") -> dict:
 
 
 def assert_same_state(found: dict, expected: dict) -> None:
-    for name in ("model", "ema"):
-        assert all(torch.equal(found[name][key], value) for key, value in expected[name].items())
-    for key, entry in expected["optimizer"].items():
-        assert all(
-            torch.equal(torch.as_tensor(found["optimizer"][key][n]), torch.as_tensor(v)) for n, v in entry.items()
-        )
-    for name in ("loader", "progress"):
-        assert found[name] == expected[name]
+    for name in ("model", "ema", "optimizer", "loader", "progress"):
+        assert_same(found[name], expected[name], name)
 
 
 # Updates 4 and 6 are validated here; 6 is the last

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from equal import assert_same
 from tiny import MODEL_FLAGS, corpus
 
 import train
@@ -54,22 +55,6 @@ def pretrained(data, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("pretrained")
     pretrain(data, output)
     return checkpoint.update_path(output, 6)
-
-
-def assert_same(found: Any, expected: Any, where: str = "") -> None:
-    """Bit for bit."""
-    if isinstance(expected, torch.Tensor):
-        assert torch.equal(found, expected), where
-    elif isinstance(expected, dict):
-        assert found.keys() == expected.keys(), where
-        for key in expected:
-            assert_same(found[key], expected[key], f"{where}/{key}")
-    elif isinstance(expected, (list, tuple)):
-        assert len(found) == len(expected), where
-        for index, item in enumerate(expected):
-            assert_same(found[index], item, f"{where}/{index}")
-    else:
-        assert found == expected, where
 
 
 class Killed(Exception):

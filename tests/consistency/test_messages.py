@@ -1,0 +1,44 @@
+"""Every message in the README's "When something goes wrong" is one that the program can print."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from conftest import ROOT
+
+# What differs from case to case (single capitals and words in capitals), what the system says, and punctuation.
+CHANGES = re.compile(
+    r"\b[A-Z]\b|\b(?:LIST|LINE|FILE|RULE|SIG[A-Z0-9]+)\b|\bwav2vec2_update\w+\.pt|^launcher|\b60 s\b"
+    r"|loss, grad_norm|No space left on device|Permission denied|[][.;:,()=/]+"
+)
+
+
+def messages() -> list[str]:
+    """The first column of the table."""
+    section = (ROOT / "README.md").read_text().split("## When something goes wrong")[1].split("\n## ")[0]
+    return re.findall(r"^\| `([^`]+)`", section, re.MULTILINE)
+
+
+def source() -> str:
+    """All code, as its messages are printed: pieces of one string joined, what is filled in as one mark."""
+    paths = [ROOT / "train.py", *(ROOT / "common").rglob("*.py"), *(ROOT / "wav2vec2").rglob("*.py")]
+    text = "\n".join(path.read_text() for path in [*paths, *(ROOT / "utils").glob("*.py")])
+    text = re.sub(r'"\s*\n\s*f?"', "", text)
+    return re.sub(r"\{[^{}]*\}|%\.?\d?[a-z]", "...", text)
+
+
+def fragments(message: str) -> list[str]:
+    """What of a message is the same in every case, where it says something."""
+    return [part.strip() for part in CHANGES.split(message) if len(part.split()) > 1]
+
+
+def test_the_table_is_found():
+    assert len(messages()) > 35
+
+
+@pytest.mark.parametrize("message", messages())
+def test_a_message_of_the_readme_is_one_of_the_code(message):
+    code = source()
+    missing = [part for part in fragments(message) if part not in code]
+    assert not missing
