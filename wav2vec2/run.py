@@ -51,7 +51,7 @@ class Progress:
 
     step: int = 0  # finished updates
     best: float | None = None  # lowest WER, or loss in pre-training
-    validation_due: bool = False  # a signal came before or during it
+    validation_due: bool = False  # a signal came before or during it, or an error
 
 
 @dataclass
@@ -227,6 +227,7 @@ class Run:
         if average.updates:
             self.logger.log("train_avg", step, self._values(average.sums, average.updates, average.seconds))
         self._since_validation = _Interval()
+        self.progress.validation_due = True  # until it is done, also where an error ends it
         bar = progress(self.valid_loader, desc="validation", total=len(self.valid_loader), unit="batch")
         with self.ema.swapped_in(self.task.model):
             values = evaluate(self.task, self._until_asked(bar), self.device, self.dictionary)

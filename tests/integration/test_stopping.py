@@ -88,6 +88,24 @@ def test_it_stops_after_the_update_and_goes_on_as_if_nothing_had_been(
     assert all(torch.equal(best[0]["ema"][name], value) for name, value in best[1]["ema"].items())
 
 
+def test_a_validation_that_a_bad_file_has_ended_is_made_up_for(data, tmp_path, monkeypatch):
+    often = ("--validate_interval_updates", "3", "--validate_frequency", "1000", "--save_frequency", "1000")
+    run(data, tmp_path / "straight", *often)
+
+    def fail(*_: object) -> None:
+        raise DataError("dev.tsv:2: a.wav: is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "evaluate", fail)
+        with pytest.raises(DataError, match="is gone"):
+            run(data, tmp_path / "ended", *often)
+    assert checkpoint.update_paths(tmp_path / "ended")[0].name == "wav2vec2_update3.pt"
+    run(data, tmp_path / "ended", *often)
+    assert_same_state(everything(tmp_path / "ended"), everything(tmp_path / "straight"))
+    best = [everything(tmp_path / name, "wav2vec2_best.pt")["progress"] for name in ("ended", "straight")]
+    assert best[0] == best[1]
+
+
 def test_the_best_checkpoint_does_not_stand_for_that_of_the_update(data, tmp_path, monkeypatch):
     """Update 2 is validated and is the best; the try after it overflows in fp16, and a signal comes: 2 is saved."""
     tried = []
