@@ -34,9 +34,14 @@ class CheckpointWriter:
 
     def check(self) -> None:
         """Raise what failed since the last call."""
-        error, self._error = self._error, None
+        error = self.take_error()
         if error is not None:
             raise error
+
+    def take_error(self) -> BaseException | None:
+        """What failed since the last call."""
+        error, self._error = self._error, None
+        return error
 
     def wait(self) -> None:
         """Until everything is on the disk; raises what failed."""

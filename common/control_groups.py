@@ -10,7 +10,7 @@ Read = Callable[[str], str]  # path -> text of a file of the system, empty where
 
 # Version 1 writes a huge number, a multiple of the page size, where there is no limit.
 _NO_LIMIT = 2**60
-# The period that schedulers and docker leave as it is, in version 1 a file of its own.
+# The usual period, where a system does not tell it.
 _PERIOD = 100_000
 
 
@@ -38,7 +38,8 @@ def cores(read: Read = read_system) -> float | None:
     """Cores' worth of time that the tightest group may use; None without a limit."""
     quotas = []
     for folder, first in _folders("cpu", read):
-        text = read(f"{folder}/cpu.cfs_quota_us" if first else f"{folder}/cpu.max")
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if first else ("cpu.max",)
+        text = " ".join(read(f"{folder}/{name}").strip() for name in names)
         quota, period = [*text.split(), str(_PERIOD), ""][:2]
         if quota.isdecimal() and period.isdecimal():
             quotas.append(int(quota) / int(period))

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from common.errors import Stopped, UserError
+from common.errors import Stopped, UserError, tell
 
 
 def run_program(
@@ -28,18 +28,19 @@ def run_program(
             # the status is to be that of stopping, also where a launcher asks again
             signal.signal(number, signal.SIG_IGN)
         if not rank:
-            print(f"stopped: {stopped}", file=sys.stderr)  # noqa: T201
+            tell(f"stopped: {stopped}")
         status = stopped.exit_status
     except UserError as error:
         if "--debug" in argv:
             raise
         if not (error.by_all and local_rank):
             place = "" if error.by_all and not rank else error.where or (f"process {rank}" if rank else "")
-            print(f"error: {error}" + (f" ({place})" if place else ""), file=sys.stderr)  # noqa: T201
+            tell(f"error: {error}" + (f" ({place})" if place else ""))
         status = error.exit_status
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)  # noqa: T201
+        tell("interrupted")
         status = 130
     except BrokenPipeError:  # the reader of the output has gone, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141  # 128 + SIGPIPE; whatever the program was, it is not done
     sys.exit(status)

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import reprlib
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 _BRIEF = reprlib.Repr()
 _BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 3, 80, 80
@@ -26,6 +27,12 @@ def shown(value: object) -> str:
 def size(num_bytes: float) -> str:
     """A number of bytes for a message: 512.0 MiB, 1.5 GiB."""
     return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def tell(text: str) -> None:
+    """Last words of a process, whose end must not depend on whether they can be written (closed pipe, full disk)."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)  # noqa: T201
 
 
 class UserError(Exception):

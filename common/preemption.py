@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from common import distributed
+from common.errors import tell
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 INTERRUPTED = 130
@@ -93,7 +93,7 @@ class Preemption:
         if self.asked is None:
             self.asked, self._asked_at = number, now
         elif number == signal.SIGINT and now - self._asked_at > _ONE_KEYSTROKE:
-            print("interrupted", file=sys.stderr, flush=True)  # noqa: T201
+            tell("interrupted")
             os._exit(INTERRUPTED)
 
 

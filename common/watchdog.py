@@ -18,13 +18,14 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 
 from common import distributed
-from common.errors import Stopped, TrainingError, UserError, one_line
+from common.errors import Stopped, TrainingError, UserError, one_line, tell
 from common.memory import is_allocation_failure
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ class Standing:
     ended: bool = False  # in order
     failure: str = ""  # why it ends
     at_fault: bool = False  # and not because another process has failed
+    tells: bool = True  # its message itself
+    asked: bool = False  # to stop
 
     @property
     def process(self) -> str:
@@ -83,6 +86,7 @@ class Watchdog:
     def __init__(self, *, heartbeat_timeout: float = 20.0, hang_timeout: float = 0.0) -> None:
         """Seconds of silence of another process, and seconds in one place (0: any), until the run ends."""
         self.before_end: Callable[[], None] = lambda: None  # what must not be cut off
+        self.is_asked: Callable[[], bool] = lambda: False  # whether this process has been asked to stop
         self._heartbeat_timeout, self._hang_timeout = heartbeat_timeout, hang_timeout
         self._rank, self._machine = distributed.rank(), distributed.machine()
         self._has_peers = distributed.world_size() > 1
@@ -90,6 +94,7 @@ class Watchdog:
         self._name = ""
         self._place: tuple[str, int, tuple[str, ...]] = ("starting", 0, ())
         self._failure, self._ended, self._at_fault, self._beat = "", False, False, 0
+        self._tells = True
         self._ticks_in_place = self._ticks_without_store = 0
         self._closing, self._handled = threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
@@ -122,6 +127,7 @@ class Watchdog:
             verdict = self._wait_for_verdict()
         self._ended, self._at_fault = told is None, not verdict
         self._failure = "" if told is None else one_line(verdict or told) or type(told).__name__
+        self._tells = not (isinstance(told, UserError) and told.by_all and distributed.local_rank())
         self._closing.set()
         for thread in self._threads:
             thread.join(2 * TICK)  # the last news; a thread that waits for a lost store is left behind
@@ -131,7 +137,7 @@ class Watchdog:
         if self._has_peers and isinstance(told, UserError):
             told.where = f"{self._own().process}: {self._own().place}"
         elif self._has_peers and told is not None:
-            print(f"error: {self._own().process}: {self._own().place}:", file=sys.stderr, flush=True)  # noqa: T201
+            tell(f"error: {self._own().process}: {self._own().place}:")
         if told is not None and told is not error:
             raise told from error
 
@@ -142,7 +148,16 @@ class Watchdog:
 
     def _own(self) -> Standing:
         identity = self._rank, self._machine, os.getpid()
-        return Standing(*identity, *self._place, self._beat, self._ended, self._failure, self._at_fault)
+        return Standing(
+            *(*identity, *self._place, self._beat, self._ended, self._failure, self._at_fault),
+            tells=self._tells,
+            asked=self.is_asked(),
+        )
+
+    @property
+    def others_are_asked(self) -> bool:
+        """Whether another process has been asked to stop."""
+        return any(peer.standing.asked for peer in list(self._peers.values()))
 
     # ---- The thread that speaks -------------------------------------------------------------------------------------
 
@@ -239,7 +254,8 @@ class Watchdog:
         time.sleep(2 * TICK)  # one that failed by itself has its own words, and its own exit status
         self._kill_frozen()
         self.before_end()
-        sys.stdout.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
         os._exit(FAILED)
 
     def _kill_frozen(self) -> None:
@@ -248,13 +264,14 @@ class Watchdog:
             standing = peer.standing
             frozen = self._silence(peer) >= self._heartbeat_timeout and not standing.ended
             if frozen and standing.machine == self._machine and not standing.is_gone(self._machine):
-                os.kill(standing.pid, signal.SIGKILL)
+                with suppress(OSError):  # another one was quicker
+                    os.kill(standing.pid, signal.SIGKILL)
 
     def _report(self, verdict: str) -> None:
         """Say why the run ends and where all processes stand: one process of every machine does."""
         peers = [peer.standing for peer in list(self._peers.values())]
         here = [one for one in peers if one.machine == self._machine]
-        if any(one.failure and one.at_fault for one in here):
+        if any(one.failure and one.at_fault and one.tells for one in here):
             return  # it tells itself
         silent = {rank for rank, peer in self._peers.items() if self._silence(peer) > self._heartbeat_timeout / 2}
         able = [one.rank for one in here if one.rank not in silent and not one.is_gone(self._machine)]
@@ -264,7 +281,7 @@ class Watchdog:
         standings = sorted([self._own(), *peers], key=lambda one: one.rank)
         lines += [f"  {one.process}: {one.place}" for one in standings]
         lines.append("all of them end; the same command goes on from the last checkpoint")
-        print("\n".join(lines), file=sys.stderr, flush=True)  # noqa: T201
+        tell("\n".join(lines))
 
 
 def _is_out_of_touch(error: RuntimeError) -> bool:

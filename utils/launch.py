@@ -41,6 +41,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.launcher import api as launcher_api
 
+from common import errors
 from common.errors import ConfigError, TrainingError, one_line
 from common.preemption import INTERRUPTED, SIGNALS
 from utils.program import run as run_tool
@@ -210,7 +211,7 @@ class Agent(LocalElasticAgent):
 
 def tell(message: str) -> None:
     """A line of the launcher's own, beside those of its processes."""
-    print(f"launcher: {message}", file=sys.stderr, flush=True)
+    errors.tell(f"launcher: {message}")
 
 
 def first_cause(failures: Mapping[int, ProcessFailure], stopped_status: int) -> int:

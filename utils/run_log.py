@@ -83,7 +83,7 @@ def _known(section: Any, values: Mapping[str, Any]) -> dict[str, Any]:  # noqa: 
     """The values that a section has a setting for."""
     known = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
     return {
-        name: _known(known[name], value) if dataclasses.is_dataclass(known[name]) else value
+        name: _known(known[name], value) if dataclasses.is_dataclass(known[name]) and isinstance(value, dict) else value
         for name, value in values.items()
         if name in known
     }
@@ -98,8 +98,8 @@ def read_run(folder: Path) -> RunLog:
     except ValueError as error:
         raise ConfigError(f"{folder / 'config.json'}: {one_line(error)}; name the --output_dir of a run") from None
     config = described.get("config") if isinstance(described, dict) else None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{folder / 'config.json'}: has no object `config`; name the --output_dir of a run")
+    if not isinstance(config, dict) or config.get("mode") not in ("pretrain", "finetune"):
+        raise ConfigError(f"{folder / 'config.json'}: has no `config` with a mode; name the --output_dir of a run")
     run = RunLog(folder, config)
     try:
         text = (folder / "nvlog.json").read_text(encoding="utf-8", errors="replace")

@@ -22,7 +22,7 @@ from common.checkpoint_writer import CheckpointWriter
 from common.data.collate import Batch
 from common.data.loader import UpdateLoader, ValidLoader
 from common.ema import Ema
-from common.errors import CheckpointError, Stopped, TrainingError
+from common.errors import CheckpointError, Stopped, TrainingError, one_line
 from common.labels import Dictionary
 from common.lock import FolderLock
 from common.logger import RunLogger, progress
@@ -104,6 +104,7 @@ class Run:
         self._since_save = 0.0
         self._saved_step: int | None = None  # what the newest checkpoint of this process stands for
         self._clock = self._saved_at = time.perf_counter()
+        self.watchdog.is_asked = lambda: self.preemption.asked is not None
         self.watchdog.before_end = lambda: self.writer.join(_LAST_WRITE)
 
     @property
@@ -231,7 +232,7 @@ class Run:
         bar = progress(self.valid_loader, desc="validation", total=len(self.valid_loader), unit="batch")
         with self.ema.swapped_in(self.task.model):
             values = evaluate(self.task, self._until_asked(bar), self.device, self.dictionary)
-        cut_short = distributed.sum_across_ranks(float(self.preemption.asked is not None), self.device)
+        cut_short = distributed.sum_across_ranks(float(self._anyone_is_asked()), self.device)
         self.progress.validation_due = bool(cut_short)
         if self.progress.validation_due:
             self._stopping = True
@@ -345,6 +346,9 @@ class Run:
         """Stop workers and threads, and let go of the files; after an error, too."""
         self.train_loader.close()
         self.writer.join()
+        failed = self.writer.take_error()
+        if failed is not None:  # the run ends for another reason, which is told as well
+            log.error("the last checkpoint is not saved: %s", one_line(failed))
         self.logger.close()
         if self.lock is not None:
             self.lock.release()
@@ -380,10 +384,14 @@ class Run:
     def _until_asked(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Batches of validation, while no signal asks to stop."""
         for batch in batches:
-            if self.preemption.asked is not None:
+            if self._anyone_is_asked():
                 return
             self.watchdog.at("validation", ids=batch.ids)
             yield batch
+
+    def _anyone_is_asked(self) -> bool:
+        """Whether this process, or as far as it has heard another one, was asked to stop."""
+        return self.preemption.asked is not None or self.watchdog.others_are_asked
 
     def _check_sums(self, sums: Mapping[str, float]) -> None:
         """Refuse what cannot be logged or learnt from; every rank sees the same sums."""

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+from conftest import ROOT
 
 from common.entry import run_program
 from common.errors import ConfigError, DataError, TrainingError
@@ -23,6 +28,28 @@ def test_mistakes_are_one_line_and_the_status_says_whose(capsys):
     assert end(capsys, ConfigError("--lr x: no number")) == (2, "error: --lr x: no number\n")
     assert end(capsys, DataError("a.tsv:3: no tab")) == (1, "error: a.tsv:3: no tab\n")
     assert end(capsys, KeyboardInterrupt()) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        ("Stopped('saved', 75)", 75),
+        ("ConfigError('x')", 2),
+        ("KeyboardInterrupt()", 130),
+        ("BrokenPipeError()", 141),  # as after SIGPIPE: whatever the program was about, it is not done
+    ],
+)
+def test_the_status_does_not_depend_on_whether_the_last_words_can_be_written(error, status):
+    program = f"""
+from common.entry import run_program
+from common.errors import ConfigError, Stopped
+def main(_):
+    raise {error}
+run_program(main, [])
+"""
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run([sys.executable, "-c", program], stderr=full, cwd=ROOT, check=False)
+    assert ended.returncode == status
 
 
 def test_what_all_processes_find_is_told_once_per_machine_and_a_fault_by_the_process_that_met_it(capsys):

@@ -5,21 +5,25 @@ Run as a program, this file is one of the processes. No launcher is there to end
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
 
 from common import distributed, watchdog
-from common.errors import DataError, TrainingError
+from common.errors import ConfigError, DataError, TrainingError
 from common.watchdog import Watchdog
 
+ROOT = Path(__file__).resolve().parents[2]
 HOST = socket.gethostname()
 
 
@@ -46,7 +50,7 @@ def process(scenario: str) -> None:
             if scenario != "finish":
                 distributed.sum_across_ranks(1.0, device)
 
-    run_program(main, [], rank=distributed.launched_rank())
+    run_program(main, [], rank=distributed.launched_rank(), local_rank=distributed.local_rank())
 
 
 def befall(scenario: str) -> None:
@@ -56,6 +60,8 @@ def befall(scenario: str) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
     elif scenario == "data":
         raise DataError("train.tsv:7: a.flac: zero bytes; copy the file again")
+    elif scenario == "alone":
+        raise ConfigError("--data: is no folder here")  # of those that are told by the first of a machine
     elif scenario == "memory":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
     elif scenario == "bug":
@@ -66,7 +72,7 @@ def befall(scenario: str) -> None:
         time.sleep(5.0)  # longer than the timeout: who has finished is not missed
 
 
-def two_processes(scenario: str) -> tuple[list[int], list[str]]:
+def two_processes(scenario: str, log: int | IO[str] = subprocess.PIPE) -> tuple[list[int], list[str | None]]:
     """Exit statuses and what was written to standard error, by rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -75,8 +81,8 @@ def two_processes(scenario: str) -> tuple[list[int], list[str]]:
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, scenario],
-            env={**os.environ, **place, "RANK": str(rank), "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
-            stderr=subprocess.PIPE,
+            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)},
+            stderr=log,
             text=True,
         )
         for rank in range(2)
@@ -128,6 +134,28 @@ def test_a_process_that_fails_tells_its_place_and_the_others_leave_it_the_word(s
     assert PLACE in told[1]
     assert "KeyError" in told[1] if scenario == "bug" else "Traceback" not in told[1]
     assert "error" not in told[0]
+
+
+def test_what_only_one_process_finds_is_told_by_the_other_where_that_one_leaves_it_to_the_first():
+    statuses, told = two_processes("alone")
+    assert statuses == [1, 2]
+    assert f"error: process 1 (host {HOST}, pid " in told[0]
+    assert "--data: is no folder here" in told[0]
+    assert told[1] == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_log_that_cannot_be_written_keeps_no_process_alive():
+    with Path("/dev/full").open("w") as full:
+        assert two_processes("freeze", full)[0] == [1, -9]
+
+
+def test_all_know_when_one_is_asked_to_stop():
+    dog, other = Watchdog(), Watchdog()
+    other.is_asked = lambda: True
+    assert not dog.others_are_asked
+    dog._hear(1, json.dumps(asdict(other._own())).encode())
+    assert dog.others_are_asked
 
 
 def test_a_process_that_stands_still_ends_all_with_its_stack():

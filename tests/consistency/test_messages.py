@@ -29,8 +29,9 @@ def source() -> str:
 
 
 def fragments(message: str) -> list[str]:
-    """What of a message is the same in every case, where it says something."""
-    return [part.strip() for part in CHANGES.split(message) if len(part.split()) > 1]
+    """What of a message is the same in every case: several words, or the only one that there is."""
+    parts = [part.strip() for part in CHANGES.split(message) if part.strip(" -")]
+    return [part for part in parts if " " in part] or parts[-1:]
 
 
 def test_the_table_is_found():
@@ -39,6 +40,6 @@ def test_the_table_is_found():
 
 @pytest.mark.parametrize("message", messages())
 def test_a_message_of_the_readme_is_one_of_the_code(message):
-    code = source()
-    missing = [part for part in fragments(message) if part not in code]
-    assert not missing
+    code, parts = source(), fragments(message)
+    assert parts or message == "LIST:LINE: FILE: ..."  # has nothing that is always the same
+    assert [part for part in parts if part not in code] == []

@@ -262,6 +262,13 @@ def test_the_status_is_that_of_the_process_that_failed(code, status, launch):
     assert "Traceback" not in run.output
 
 
+def test_the_status_does_not_depend_on_whether_the_log_can_be_written():
+    code = "import os, time; os.abort() if os.environ['RANK'] == '1' else time.sleep(100)"
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run([*on_one_machine(), "--no_python", *SCRIPT, code], stderr=full, timeout=60, check=False)
+    assert ended.returncode == 128 + signal.SIGABRT
+
+
 @pytest.mark.parametrize(
     ("endings", "cause"),
     [

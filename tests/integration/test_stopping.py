@@ -19,7 +19,7 @@ import train
 from common import checkpoint
 from common.checkpoint_writer import CheckpointWriter
 from common.data import workers
-from common.errors import DataError, Stopped
+from common.errors import CheckpointError, DataError, Stopped
 from common.preemption import Preemption
 from common.watchdog import Watchdog
 from wav2vec2 import run as run_module
@@ -86,6 +86,33 @@ def test_it_stops_after_the_update_and_goes_on_as_if_nothing_had_been(
     best = [everything(folder, "wav2vec2_best.pt") for folder in (ended, tmp_path / "straight")]
     assert best[0]["progress"]["best"] == best[1]["progress"]["best"]
     assert all(torch.equal(best[0]["ema"][name], value) for name, value in best[1]["ema"].items())
+
+
+def test_a_signal_to_another_process_ends_a_validation_too(data, tmp_path, monkeypatch):
+    often = ("--validate_interval_updates", "4", "--validate_frequency", "1000")
+    asked = property(lambda dog: dog._place[0] == "validation")  # heard of after its first batch
+    monkeypatch.setattr(Watchdog, "others_are_asked", asked)
+    with pytest.raises(Stopped, match="a signal to another process, after update 4 of 6"):
+        run(data, tmp_path, *often)
+    state = everything(tmp_path, "wav2vec2_update4.pt")["progress"]
+    assert (state["validation_due"], state["best"]) == (True, None)
+
+
+def test_a_write_that_fails_last_is_told(data, tmp_path, monkeypatch, caplog):
+    """A bad file ends the run, which saves what it has; that the disk is full then must not be a secret."""
+
+    def fail(*_: object) -> None:
+        monkeypatch.setattr(checkpoint, "save", full)
+        raise DataError("dev.tsv:2: a.wav: is gone")
+
+    def full(path: Path, content: dict) -> None:
+        raise CheckpointError(f"{path}: could not be written (No space left on device)")
+
+    monkeypatch.setattr(run_module, "evaluate", fail)
+    with pytest.raises(DataError, match="is gone"):
+        run(data, tmp_path, "--validate_interval_updates", "2", "--keep_milestones", "100", "--save_frequency", "1000")
+    assert "the last checkpoint is not saved: " in caplog.text
+    assert "update2.pt: could not be written" in caplog.text
 
 
 def test_a_validation_that_a_bad_file_has_ended_is_made_up_for(data, tmp_path, monkeypatch):

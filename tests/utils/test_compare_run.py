@@ -239,6 +239,9 @@ def test_collapses(tmp_path):
 def test_settings_of_another_version(tmp_path):
     run = read_run(make_run(tmp_path / "run", [], health={"chance_margin": 0.5, "abolished": 3}))
     assert run.settings().health == HealthConfig(chance_margin=0.5)
+    for wrong in ("0.5", None, {"chance_margin": "much"}):
+        with pytest.raises(ConfigError, match=r"config\.json: health"):
+            read_run(make_run(tmp_path / "wrong", [], health=wrong)).settings()
 
 
 # ---- Logs -----------------------------------------------------------------------------------------------------------

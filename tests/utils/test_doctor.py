@@ -131,7 +131,8 @@ def test_old_python():
         (
             {
                 "/proc/self/cgroup": "4:cpu,cpuacct:/docker/a\n3:memory:/docker/a\n",
-                "/sys/fs/cgroup/cpu/docker/a/cpu.cfs_quota_us": "250000",
+                "/sys/fs/cgroup/cpu/docker/a/cpu.cfs_quota_us": "50000",
+                "/sys/fs/cgroup/cpu/docker/a/cpu.cfs_period_us": "20000",
                 "/sys/fs/cgroup/memory/docker/a/memory.limit_in_bytes": str(GIB),
                 "/sys/fs/cgroup/memory/docker/a/memory.usage_in_bytes": str(GIB // 2),
             },
