@@ -169,15 +169,23 @@ def load_newest(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
         try:
             return path, load(path)
         except DamagedError as error:
-            log.warning("%s. Trying the checkpoint before it.", error)
+            log.warning("%s%s", error, "" if path == paths[-1] else ". Trying the checkpoint before it.")
     if paths:
         best = best_path(folder)
-        instead = f"go on with --resume_from {best} and another --output_dir, or " if best.exists() else ""
+        instead = f"go on with --resume_from {best} and another --output_dir, or " if _is_whole(best) else ""
         raise CheckpointError(
             f"{folder}: none of the {len(paths)} checkpoints can be read; {instead}remove them to start from the "
             "beginning"
         )
     return None
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        load(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _plain(value: Any, where: str, *, copy: bool = False) -> Any:

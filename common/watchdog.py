@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 TICK = 1.0  # seconds
 FAILED = 1  # exit status
 _SHOWN_IDS = 4
+# What errors of torch (2.11 to 2.13) say when another process cannot be reached.
 _OUT_OF_TOUCH = ("gloo", "NCCL", "Connection", "Broken pipe", "recvValue", "sendBytes", "Timed out", "timed out")
 
 
@@ -280,7 +281,7 @@ class Watchdog:
         lines = [f"error: {verdict}", "where the processes stand:"]
         standings = sorted([self._own(), *peers], key=lambda one: one.rank)
         lines += [f"  {one.process}: {one.place}" for one in standings]
-        lines.append("all of them end; the same command goes on from the last checkpoint")
+        lines.append("all of them end; the same command (with --resume) goes on from the last checkpoint")
         tell("\n".join(lines))
 
 

@@ -109,7 +109,7 @@ class Lifeline(threading.Thread):
             failed = 0 if _listens(self._host, self._port) else failed + 1
         tell(
             f"{self._host}:{self._port}, where the machines meet, does not answer any more: it is gone, or the network "
-            "is cut; this machine ends, and the same command goes on from the newest checkpoint"
+            "is cut; this machine ends, and the same command (with --resume) goes on from the newest"
         )
         if self._stop_signals.agent:
             self._stop_signals.agent.close(signal.SIGTERM, SECONDS_TO_STOP // 2)
@@ -264,7 +264,7 @@ def launch(argv: Sequence[str]) -> int:
             return stopped  # those that met here were asked to stop, and have gone
         raise TrainingError(
             f"--rdzv_endpoint {args.rdzv_endpoint}: the machines cannot meet: {one_line(error)}; when enough of them "
-            "and the one of this address are there, the same command goes on from the newest checkpoint"
+            "and the one of this address are there, the same command (with --resume) goes on from the newest"
         ) from error
     return 0
 

@@ -4,7 +4,7 @@
 
 The band at an update reaches from the lowest to the highest run, and further on both sides by half of what lies between
 them, and at least 5 % of the mean (word and letter error rates: 1 point) to either side of the mean. With one run
-nothing is known of the spread; 30 % (error rates: 3 points) to either side stand for it, and the file says so.
+or two nothing is known of the spread; 30 % (error rates: 3 points) to either side stand for it, and the file says so.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -41,8 +41,9 @@ QUANTITIES = {
         "val_wer": ("word error rate (validation)", "%", "lower"),
     },
 }
-LEAST, LEAST_OF_ONE = 0.05, 0.3  # of the mean, to either side
-LEAST_POINTS, LEAST_POINTS_OF_ONE = 1.0, 3.0  # of error rates in percent
+FEW = 2  # runs that do not tell how far others may lie apart
+LEAST, LEAST_OF_FEW = 0.05, 0.3  # of the mean, to either side
+LEAST_POINTS, LEAST_POINTS_OF_FEW = 1.0, 3.0  # of error rates in percent
 HOURS = 0.005  # a run fits with so much more or less speech, as a share
 POINTS = 10  # of the curves of training
 
@@ -50,7 +51,7 @@ POINTS = 10  # of the curves of training
 def band(values: Sequence[float], metric: str) -> dict[str, float]:
     """Low, high and mean of one quantity at one update."""
     mean, low, high = sum(values) / len(values), min(values), max(values)
-    share, points = (LEAST, LEAST_POINTS) if len(values) > 1 else (LEAST_OF_ONE, LEAST_POINTS_OF_ONE)
+    share, points = (LEAST, LEAST_POINTS) if len(values) > FEW else (LEAST_OF_FEW, LEAST_POINTS_OF_FEW)
     least = max(share * abs(mean), points if metric.endswith("er") else 0.0)
     beyond = (high - low) / 2
     low, high = min(low - beyond, mean - least), max(high + beyond, mean + least)
@@ -109,8 +110,9 @@ def reference(runs: Sequence[RunLog], name: str, title: str) -> dict[str, Any]:
         "band": (
             "lowest to highest run, further on both sides by half of what lies between them, "
             "and at least 5 % of the mean (error rates: 1 point) to either side of it"
-            if len(runs) > 1
-            else "one run: 30 % of its value (error rates: at least 3 points) to either side, which is an assumption"
+            if len(runs) > FEW
+            else "one run or two: at least 30 % of their mean (error rates: 3 points) to either side, which is an "
+            "assumption"
         ),
         "curves": [curve(runs, metric) for metric in QUANTITIES[first.mode]],
     }

@@ -128,7 +128,7 @@ def choose(run: RunLog, name: str) -> Reference:
     Raises ConfigError with all names where there is no such reference, or not exactly one that fits.
     """
     references = shipped()
-    names = [reference.name for reference in references]
+    names = [reference.name for reference in references if reference.mode == run.mode]
     if name:
         for reference in references:
             if reference.name == name:

@@ -282,6 +282,9 @@ def test_a_run_is_never_silently_started_anew(tmp_path):
     checkpoint.best_path(tmp_path).write_bytes(whole)
     with pytest.raises(CheckpointError, match=r"can be read; go on with --resume_from .*wav2vec2_best\.pt"):
         newest_valid(tmp_path)
+    checkpoint.best_path(tmp_path).write_bytes(whole[:400])
+    with pytest.raises(CheckpointError, match="can be read; remove them"):
+        newest_valid(tmp_path)
     path.write_bytes(whole)
     torch.save({**make_state(), "format": "wav2vec2", "format_version": 99}, tmp_path / "wav2vec2_update8.pt")
     with pytest.raises(CheckpointError, match="update the toolkit"):

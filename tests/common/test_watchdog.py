@@ -115,7 +115,7 @@ def test_a_silent_process_ends_the_others_which_say_where_it_stood(scenario, sta
     assert verdict in survivor
     assert f"  process {1 - victim} (host {HOST}, pid " in survivor
     assert survivor.count(PLACE) >= 2
-    assert "the same command goes on from the last checkpoint" in survivor
+    assert "the same command (with --resume) goes on from the last checkpoint" in survivor
 
 
 @pytest.mark.parametrize(
