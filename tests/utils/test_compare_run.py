@@ -439,7 +439,8 @@ def test_one_run_gets_a_band_that_says_what_it_is(tmp_path):
 
 
 def test_floor_of_error_rates():
-    assert record_reference.band([3.0, 3.2], "val_wer") == pytest.approx({"low": 2.1, "high": 4.1, "mean": 3.1})
+    assert record_reference.band([3.0, 3.1, 3.2], "val_wer") == pytest.approx({"low": 2.1, "high": 4.1, "mean": 3.1})
+    assert record_reference.band([3.0, 3.2], "val_wer") == pytest.approx({"low": 0.1, "high": 6.1, "mean": 3.1})
     assert record_reference.band([0.2, 0.2], "val_wer")["low"] == 0
     assert record_reference.band([0.99, 0.98], "val_accuracy")["high"] == 1
 
