@@ -11,6 +11,8 @@ from typing import NoReturn
 
 from common.errors import Stopped, UserError, tell
 
+_SIGPIPE = 141  # what a shell gives for a program that ended by it: it is not done
+
 
 def run_program(
     main: Callable[[Sequence[str]], None], argv: Sequence[str], rank: int = 0, local_rank: int = 0
@@ -41,6 +43,21 @@ def run_program(
         tell("interrupted")
         status = 130
     except BrokenPipeError:  # the reader of the output has gone, e.g. `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 141  # 128 + SIGPIPE; whatever the program was, it is not done
-    sys.exit(status)
+        status = _SIGPIPE
+    except SystemExit as ended:
+        if not isinstance(ended.code, int):
+            raise
+        status = ended.code
+    sys.exit(_written_out(status))
+
+
+def _written_out(status: int) -> int:
+    """The status once all output is written; what cannot be is dropped, and no success then."""
+    for stream in (sys.stderr, sys.stdout):
+        try:
+            stream.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # else Python puts a status of its own here
+            if stream is sys.stdout:
+                status = status or (_SIGPIPE if isinstance(error, BrokenPipeError) else 1)
+    return status

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -48,8 +49,18 @@ def main(_):
 run_program(main, [])
 """
     with Path("/dev/full").open("w") as full:
-        ended = subprocess.run([sys.executable, "-c", program], stderr=full, cwd=ROOT, check=False)
-    assert ended.returncode == status
+        for buffered in ("", "1"):
+            environment = {**os.environ, "PYTHONUNBUFFERED": buffered}
+            ended = subprocess.run([sys.executable, "-c", program], stderr=full, cwd=ROOT, env=environment, check=False)
+            assert ended.returncode == status
+
+
+def test_output_that_is_lost_is_no_success():
+    program = "from common.entry import run_program; run_program(lambda _: print('figures'), [])"
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run([sys.executable, "-c", program], stdout=full, cwd=ROOT, env=environment, check=False)
+    assert ended.returncode == 1
 
 
 def test_what_all_processes_find_is_told_once_per_machine_and_a_fault_by_the_process_that_met_it(capsys):
